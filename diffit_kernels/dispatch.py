@@ -1,0 +1,216 @@
+"""The one place where an implementation is chosen.
+
+A fused op has one schema and several backends:
+
+- ``eager``: PyTorch, any device; always there.
+- ``triton``: Triton kernels for NVIDIA GPUs (``ops/<stage>/triton_kernels.py``).
+- ``native``: C++ and CUDA C++ kernels (``ops/<stage>/native.py`` over ``csrc/``).
+
+Each backend is an overload of the op, ``diffit::<op>.<backend>``, with a twin
+``diffit::<op>_backward.<backend>``. So a graph captured by ``torch.compile`` or ``torch.export``
+names the implementation it runs, and autograd stays inside the backend that ran the forward.
+
+Order of choice: the ``backend=`` argument, then :func:`use_backend`, then the first backend in
+the device's order of preference that serves the case. An explicit request runs or raises;
+a default that has to pass over a faster backend says so in one warning, once.
+
+A backend plugs in as a module beside ``eager.py`` with three functions of the schema's arguments:
+``forward``, ``backward``, and ``can_run``, which returns None or the reason why it cannot.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+MODULES = {"eager": "eager", "triton": "triton_kernels", "native": "native"}
+BACKENDS = tuple(MODULES)
+PREFERENCE = {"cuda": ("native", "triton", "eager"), "cpu": ("native", "eager")}
+
+_library = torch.library.Library("diffit", "DEF")
+_state = threading.local()
+_warned: set[tuple[str, str, str]] = set()
+REGISTRY: dict[str, "FusedOp"] = {}
+
+
+def check_backend(backend: str | None) -> str | None:
+    """Return ``backend`` if it names one (or is None), else raise ValueError with the names."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    return backend
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Within the context, every fused op of this thread runs on ``backend``, or raises.
+
+    None restores the default choice. A ``backend=`` argument still has the last word.
+    """
+    check_backend(backend)
+    previous = getattr(_state, "backend", None)
+    _state.backend = backend
+    try:
+        yield
+    finally:
+        _state.backend = previous
+
+
+def _load(package: str, backend: str) -> tuple[ModuleType | None, str | None, bool]:
+    """The implementation module of one backend; or why there is none, and if that is worth a warning."""
+    name = f"{package}.{MODULES[backend]}"
+    if importlib.util.find_spec(name) is None:
+        return None, f"this release has no {backend} kernels for this op", False
+    try:
+        return importlib.import_module(name), None, False
+    except ImportError as error:
+        return None, f"{backend} kernels could not be imported: {error}", True
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Inside an op the dtypes are settled: autocast must not change them a second time."""
+
+    @functools.wraps(function)
+    def run(*args):
+        for device in ("cuda", "cpu"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return run(*args)
+        return function(*args)
+
+    return run
+
+
+class FusedOp:
+    """A fused op: schema, shape inference and autograd, once, for all of its backends.
+
+    Args:
+        name: the op's name in the ``diffit`` namespace.
+        package: the package of the stage, in which ``eager.py`` and its siblings are looked up.
+        schema: arguments and results of the forward, in the syntax of ``torch.library``. The
+            results are the outputs, then whatever the backward needs.
+        backward_schema: the same for the backward.
+        fake: shape inference of the forward: empty tensors from the schema's arguments. An optional
+            result that a backend leaves out is a tensor of zero elements.
+        backward_fake: the same for the backward.
+        setup_context, backward: as in :func:`torch.library.register_autograd`; ``backward`` receives
+            the backend's backward op before ``ctx``.
+        prefix: which functions of a backend module serve the op: ``forward`` or, for a second op of
+            the same stage, ``<prefix>_forward``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        package: str,
+        *,
+        schema: str,
+        backward_schema: str,
+        fake: Callable,
+        backward_fake: Callable,
+        setup_context: Callable,
+        backward: Callable,
+        prefix: str = "",
+    ):
+        self.name = name
+        self._implementations: dict[str, ModuleType | None] = {}
+        self._missing: dict[str, tuple[str, bool]] = {}
+        self._overloads: dict[str, Any] = {}
+        self._prefix = prefix
+        for backend in BACKENDS:
+            module, reason, worth_a_warning = _load(package, backend)
+            if module is None or not hasattr(module, f"{prefix}forward"):
+                reason = reason or f"this release has no {backend} kernels for this op"
+                self._missing[backend] = (reason, worth_a_warning)
+                continue
+            forward_op = self._define(name, backend, schema, module, "forward", fake)
+            backward_op = self._define(
+                f"{name}_backward", backend, backward_schema, module, "backward", backward_fake
+            )
+            torch.library.register_autograd(
+                f"diffit::{name}.{backend}",
+                functools.partial(backward, backward_op),
+                setup_context=setup_context,
+                lib=_library,
+            )
+            self._implementations[backend] = module
+            self._overloads[backend] = forward_op
+        REGISTRY[name] = self
+
+    def _define(
+        self,
+        name: str,
+        backend: str,
+        schema: str,
+        module: ModuleType,
+        direction: str,
+        fake: Callable,
+    ) -> Any:
+        _library.define(f"{name}.{backend}{schema}")
+        implementation = getattr(module, f"{self._prefix}{direction}")
+        _library.impl(
+            f"{name}.{backend}", _without_autocast(implementation), "CompositeExplicitAutograd"
+        )
+        torch.library.register_fake(f"diffit::{name}.{backend}", fake, lib=_library)
+        return getattr(getattr(torch.ops.diffit, name), backend)
+
+    def refusal(self, backend: str, *args) -> str | None:
+        """Why ``backend`` cannot serve these arguments, or None if it can."""
+        if backend in self._missing:
+            return self._missing[backend][0]
+        can_run = getattr(self._implementations[backend], f"{self._prefix}can_run", None)
+        return can_run(*args) if can_run else None
+
+    def is_built(self, backend: str) -> bool:
+        """Whether the backend's kernels for this op are part of this installation."""
+        return backend in self._overloads
+
+    def overload(self, backend: str) -> Any:
+        """The ``torch.ops.diffit.<name>.<backend>`` overload itself, for tests and tools."""
+        return self._overloads[backend]
+
+    def choose(self, device: torch.device, *args, backend: str | None = None) -> str:
+        """The backend that serves these arguments; the rule is in the module's docstring.
+
+        Raises:
+            ValueError: ``backend`` names no backend.
+            NotImplementedError: an explicitly requested backend cannot serve the case.
+        """
+        requested = check_backend(backend) or getattr(_state, "backend", None)
+        if requested is not None:
+            reason = self.refusal(requested, *args)
+            if reason is None:
+                return requested
+            others = [name for name in BACKENDS if self.refusal(name, *args) is None]
+            raise NotImplementedError(
+                f"{self.name}: backend {requested!r} cannot run this on {device}: {reason}. "
+                f"Backends that can: {', '.join(others)}."
+            )
+        for candidate in PREFERENCE.get(device.type, ("eager",)):
+            reason = self.refusal(candidate, *args)
+            if reason is None:
+                return candidate
+            if candidate not in self._missing or self._missing[candidate][1]:
+                self._warn_once(candidate, reason)
+        raise AssertionError("the eager backend serves every case")
+
+    def _warn_once(self, backend: str, reason: str) -> None:
+        key = (self.name, backend, reason)
+        if torch.compiler.is_compiling() or key in _warned:
+            return
+        _warned.add(key)
+        warnings.warn(
+            f"{self.name}: the faster backend {backend!r} is passed over: {reason}. "
+            "See `diffit-kernels info`.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+    def __call__(self, device: torch.device, *args, backend: str | None = None) -> Any:
+        return self._overloads[self.choose(device, *args, backend=backend)](*args)

@@ -1,0 +1,443 @@
+"""The latent DiffiT, with the names, shapes and state dict of the released ImageNet models.
+
+Read top-down. One flag, ``use_fused_tmsa``, decides whether a block computes the published equations
+literally or through the fused ops of :mod:`diffit_kernels.ops`; the parameters are the same.
+
+The letters: B batch; N tokens (H · W of the grid); C hidden_size; p patch_size; S input_size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffit_kernels import fused
+from diffit_kernels.dispatch import check_backend
+
+
+class DiffiT(nn.Module):
+    """Latent DiffiT (arXiv 2312.02139): a transformer over patches, conditioned through attention.
+
+    Args:
+        input_size: side S of the latent image; the image's side / 8 for the released models.
+        patch_size: p, divides ``input_size``.
+        in_channels: channels of the latent image.
+        hidden_size: C, a multiple of ``num_heads`` and of 4.
+        depth: blocks. The class defaults to 30; the released weights have 28 (:func:`Diffit`).
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP / C.
+        mask_ratio, decode_layer: accepted as by the released class, and unused, as there.
+        class_dropout_prob: share of labels replaced by the null class in training.
+        num_classes: classes; label ``num_classes`` is the null class if ``class_dropout_prob`` > 0.
+        learn_sigma: predict a variance beside the noise, doubling the output's channels.
+        use_fused_tmsa: compute the blocks through the fused ops. Changes speed and memory, never
+            results beyond rounding. Also a settable property of the model.
+        backend: which implementation of the fused ops to use, see :mod:`diffit_kernels.dispatch`;
+            None chooses by device. Also a settable property.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an unknown backend.
+        TypeError: ``use_fused_tmsa`` is not a bool.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 30,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        mask_ratio: float | None = None,
+        decode_layer: int | None = None,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        use_fused_tmsa: bool = False,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        for rule, holds in (
+            ("input_size must be a positive multiple of patch_size", input_size % patch_size == 0),
+            ("hidden_size must be a multiple of num_heads", hidden_size % num_heads == 0),
+            ("hidden_size must be a multiple of 4", hidden_size % 4 == 0),
+            ("class_dropout_prob must be in [0, 1]", 0 <= class_dropout_prob <= 1),
+        ):
+            if not holds:
+                raise ValueError(
+                    f"DiffiT: {rule}, got input_size={input_size}, patch_size={patch_size}, "
+                    f"hidden_size={hidden_size}, num_heads={num_heads}, "
+                    f"class_dropout_prob={class_dropout_prob}"
+                )
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+        self.learn_sigma = learn_sigma
+        grid_size = input_size // patch_size
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, grid_size**2, hidden_size), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            DiffiTBlock(hidden_size, num_heads, grid_size, mlp_ratio) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.use_fused_tmsa = use_fused_tmsa
+        self.backend = backend
+        self.initialize_weights()
+
+    @property
+    def use_fused_tmsa(self) -> bool:
+        """Whether the blocks run through the fused ops; set it at any time."""
+        return self._use_fused_tmsa
+
+    @use_fused_tmsa.setter
+    def use_fused_tmsa(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"use_fused_tmsa must be a bool, got {value!r}")
+        self._use_fused_tmsa = value
+        for block in self.blocks:
+            block.use_fused_tmsa = block.attn.use_fused_tmsa = value
+
+    @property
+    def backend(self) -> str | None:
+        """The fused ops' backend, None for the device's default; set it at any time."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        self._backend = check_backend(value)
+        for block in self.blocks:
+            block.backend = block.attn.backend = value
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform linear layers, N(0, 0.02) embeddings, zero output: the published start."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.flatten(1))
+        nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for block in self.blocks:
+            nn.init.trunc_normal_(block.attn.relative_position_bias_table, std=0.02)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        with torch.no_grad():
+            side = self.input_size // self.patch_size
+            self.pos_embed.copy_(sincos_position_embedding(self.pos_embed.shape[-1], side)[None])
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict the noise (and, with ``learn_sigma``, the variance's interpolation) of latents.
+
+        Args:
+            x: (B, in_channels, S, S), noisy latents in the model's dtype.
+            t: (B,) timesteps, integers or floats, in the units of training (0..999).
+            y: (B,) integer labels, 0..num_classes (the last is the null class).
+
+        Returns:
+            (B, out_channels, S, S).
+
+        Raises:
+            TypeError, ValueError: an argument breaks one of the rules above. Labels on an
+            accelerator are not looked at, for that would wait for the device.
+        """
+        self._check_inputs(x, t, y)
+        x = self.x_embedder(x) + self.pos_embed  # (B, N, C)
+        temb = self.t_embedder(t) + self.y_embedder(y, self.training)  # (B, C)
+        for block in self.blocks:
+            x = block(x, temb)  # (B, N, C)
+        x = self.final_layer(x)  # (B, N, p · p · out_channels)
+        return self._unpatchify(x)  # (B, out_channels, S, S)
+
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float | None = None,
+        diffusion_steps: int = 1000,
+        scale_pow: float = 4.0,
+    ) -> Tensor:
+        """Classifier-free guidance: one pass over [conditional; null] with shared latents.
+
+        ::
+
+            eps  = eps_null + w(t) (eps_cond - eps_null)          for the first three channels
+            w(t) = (s - 1) ½ (1 - cos(π (1 - t / diffusion_steps)^scale_pow)) + 1    input_size <= 32
+            w(t) = s                                                                 larger
+
+        The fourth channel and the variance keep each half's own value, as published.
+
+        Args:
+            x: (2B, in_channels, S, S); the second half is ignored and replaced by the first.
+            t: (2B,) timesteps. y: (2B,) labels, then the null class.
+            cfg_scale: s; None is the plain :meth:`forward` of the batch as it is.
+            diffusion_steps: timesteps of the training process.
+            scale_pow: the power in w(t).
+
+        Returns:
+            (2B, out_channels, S, S), both halves guided alike.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`; or a batch that is not even.
+        """
+        if cfg_scale is None:
+            return self.forward(x, t, y)
+        if x.shape[0] % 2:
+            raise ValueError(
+                "forward_with_cfg: the batch must be even, [conditional; null], "
+                f"got {x.shape[0]} samples"
+            )
+        half = x[: x.shape[0] // 2]
+        out = self.forward(torch.cat((half, half)), t, y)
+        guided, rest = out[:, :3], out[:, 3:]
+        conditional, null = guided.chunk(2)
+        weight = self.guidance_weight(t[: len(half)], cfg_scale, diffusion_steps, scale_pow)
+        guided = null + weight.to(out.dtype).view(-1, 1, 1, 1) * (conditional - null)
+        return torch.cat((torch.cat((guided, guided)), rest), 1)
+
+    def guidance_weight(
+        self, t: Tensor, cfg_scale: float, diffusion_steps: int = 1000, scale_pow: float = 4.0
+    ) -> Tensor:
+        """w(t) of :meth:`forward_with_cfg`, (B,) float32."""
+        if self.input_size > 32:
+            return torch.full(t.shape, float(cfg_scale), device=t.device)
+        progress = (1 - t.float() / diffusion_steps) ** scale_pow
+        return (cfg_scale - 1) * 0.5 * (1 - torch.cos(math.pi * progress)) + 1
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        """(B, N, p · p · c) -> (B, c, S, S)."""
+        batch, p, side = x.shape[0], self.patch_size, self.input_size // self.patch_size
+        x = x.view(batch, side, side, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, self.out_channels, side * p, side * p)
+
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        for name, value in (("x", x), ("t", t), ("y", y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"DiffiT: {name} must be a tensor, got {type(value).__name__}")
+            if value.device != self.pos_embed.device:
+                raise ValueError(
+                    f"DiffiT: {name} is on {value.device}, the model on {self.pos_embed.device}"
+                )
+        if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
+            raise ValueError(
+                f"DiffiT: x must have shape (B, {self.in_channels}, {self.input_size}, "
+                f"{self.input_size}), got {tuple(x.shape)}"
+            )
+        dtype = self.x_embedder.proj.weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"DiffiT: x must be {dtype} like the model, got {x.dtype}")
+        for name, value in (("t", t), ("y", y)):
+            if value.shape != x.shape[:1]:
+                raise ValueError(
+                    f"DiffiT: {name} must have shape ({x.shape[0]},), one per sample of x, "
+                    f"got {tuple(value.shape)}"
+                )
+        if y.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"DiffiT: y must be int64 or int32 class labels, got {y.dtype}")
+        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+            last = self.y_embedder.embedding_table.num_embeddings - 1
+            if y.min() < 0 or y.max() > last:
+                raise ValueError(
+                    f"DiffiT: labels must be in 0..{last}, got {int(y.min())}..{int(y.max())}"
+                )
+
+
+def Diffit(**kwargs) -> DiffiT:
+    """The released configuration: depth 28, hidden 1152, patch 2, 16 heads; arguments of :class:`DiffiT`.
+
+    ``input_size`` is 32 for 256-pixel images (the default) and 64 for 512.
+    """
+    return DiffiT(**{"depth": 28, "hidden_size": 1152, "patch_size": 2, "num_heads": 16, **kwargs})
+
+
+class PatchEmbed(nn.Module):
+    """(B, c, S, S) -> (B, N, C): one linear map per p × p patch, tokens in row-major order."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """(B,) timesteps -> (B, C): sinusoidal features, cosines first, through a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequency_embedding_size // 2
+        exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+        args = t[:, None].float() * torch.exp(-math.log(10000) * exponents)
+        features = torch.cat((args.cos(), args.sin()), 1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """(B,) labels -> (B, C); in training a share of them becomes the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, labels: Tensor, training: bool) -> Tensor:
+        if training and self.dropout_prob > 0:
+            drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+            labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+class DiffiTBlock(nn.Module):
+    """x̂ = x + TMSA(LN(x), temb);  x = x̂ + MLP(LN(x̂))  (eqs. 7 and 8); LN without affine."""
+
+    use_fused_tmsa = False
+    backend: str | None = None
+
+    def __init__(self, hidden_size: int, num_heads: int, grid_size: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = TimeDependentAttention(hidden_size, num_heads, grid_size)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """(B, N, C), (B, C) -> (B, N, C)."""
+        if self.use_fused_tmsa:
+            return fused.block(self, x, temb, backend=self.backend)
+        x = x + self.attn(self.norm1(x), temb)
+        return x + self.mlp(self.norm2(x))
+
+
+class TimeDependentAttention(nn.Module):
+    """TMSA over the whole grid (eqs. 3 to 6): the time token adds to q, k and v of every token.
+
+    The published state dict holds an (N, N) index of the bias table in every block. Here it is
+    derived where it is asked for, by ``state_dict`` and strict loading, and never kept.
+    """
+
+    use_fused_tmsa = False
+    backend: str | None = None
+
+    def __init__(self, hidden_size: int, num_heads: int, window_size: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = (window_size, window_size)
+        self.scale = (hidden_size // num_heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window_size - 1) ** 2, num_heads)
+        )
+        self.qkv_temb = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """(B, N, C), (B, C) -> (B, N, C)."""
+        if self.use_fused_tmsa:
+            return fused.attention(self, x, temb, backend=self.backend)
+        batch, tokens, channels = x.shape
+        qkv = self.qkv(x) + self.qkv_temb(temb)[:, None]
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, channels // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nH, N, d) each
+        table = self.relative_position_bias_table
+        bias = table[relative_position_index(self.window_size, table.device)].permute(2, 0, 1)
+        probs = (q * self.scale @ k.mT + bias).softmax(-1)
+        out = probs.to(v.dtype) @ v
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        device = self.relative_position_bias_table.device
+        index = relative_position_index(self.window_size, device)
+        destination[prefix + "relative_position_index"] = index
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
+        key = prefix + "relative_position_index"
+        index = state_dict.get(key)
+        if index is None:
+            missing.append(key)
+        elif index.device.type != "meta":
+            expected = relative_position_index(self.window_size, index.device)
+            if index.shape != expected.shape:
+                errors.append(
+                    f"{key}: shape {tuple(index.shape)}, expected {tuple(expected.shape)}"
+                )
+            elif not torch.equal(index.to(expected.dtype), expected):
+                errors.append(f"{key}: not the index of a row-major {self.window_size} window")
+        # The base class reports entries that are neither parameter nor buffer as unexpected.
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        if key in unexpected:
+            unexpected.remove(key)
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))), GELU in its tanh form."""
+
+    def __init__(self, in_features: int, hidden_features: int):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class FinalLayer(nn.Module):
+    """(B, N, C) -> (B, N, p · p · c): Linear(SiLU(LN(x))), without conditioning."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.silu(self.norm_final(x)))
+
+
+def relative_position_index(window_size: tuple[int, int], device: torch.device) -> Tensor:
+    """(L, L) int64: the bias table's row for each pair (i, j) of an h × w window, row-major::
+
+    index[i, j] = (y_i - y_j + h - 1) · (2w - 1) + (x_i - x_j + w - 1)
+    """
+    h, w = window_size
+    y = torch.arange(h, device=device).repeat_interleave(w)
+    x = torch.arange(w, device=device).repeat(h)
+    dy = y[:, None] - y[None, :] + h - 1
+    dx = x[:, None] - x[None, :] + w - 1
+    return dy * (2 * w - 1) + dx
+
+
+def sincos_position_embedding(channels: int, side: int) -> Tensor:
+    """(side², C) float64: half of the channels encode the column, half the row, each [sin | cos]."""
+    quarter = channels // 4
+    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat((angles.sin(), angles.cos()), 1)  # (side, C / 2)
+    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+    return torch.cat((columns, rows), 1)

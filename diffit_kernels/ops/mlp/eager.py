@@ -1,0 +1,39 @@
+"""mlp in PyTorch, any device; the products are the vendor library's."""
+
+import torch
+import torch.nn.functional as F
+
+from diffit_kernels.ops.checks import accumulation_dtype
+
+
+def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate):
+    hidden = _linear(x, fc1_weight, fc1_bias)
+    return _linear(F.gelu(hidden, approximate=approximate), fc2_weight, fc2_bias), hidden
+
+
+def backward(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate):
+    """da = dO W2    dh = da ∘ GELU'(h)    dx = dh W1    dW2 = dOᵀ GELU(h)    dW1 = dhᵀ x"""
+    dout = grad_out.flatten(0, 1)
+    h = hidden.flatten(0, 1)
+    dfc2_weight = dout.t() @ F.gelu(h, approximate=approximate)
+    dactivation = dout @ fc2_weight.to(x.dtype)
+    dhidden = torch.ops.aten.gelu_backward(dactivation, h, approximate=approximate)
+    dfc1_weight = dhidden.t() @ x.flatten(0, 1)
+    dx = (dhidden @ fc1_weight.to(x.dtype)).view(x.shape)
+    return (
+        dx,
+        dfc1_weight.to(fc1_weight.dtype),
+        _sum_rows(dhidden, fc1_bias),
+        dfc2_weight.to(fc2_weight.dtype),
+        _sum_rows(dout, fc2_bias),
+    )
+
+
+def _linear(x, weight, bias):
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _sum_rows(grad, bias):
+    if bias is None:
+        return grad.new_empty(0)
+    return grad.sum(0, dtype=accumulation_dtype(grad.dtype)).to(bias.dtype)
