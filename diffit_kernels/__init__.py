@@ -1,7 +1,18 @@
 """Fused kernels for DiffiT: windowed time-dependent attention with a learned position bias."""
 
 from diffit_kernels.dispatch import use_backend
-from diffit_kernels.model import Diffit, DiffiT
+from diffit_kernels.model import DiffiT, Diffit
 from diffit_kernels.ops import adaln, mlp, time_projection, time_projections, window_attention
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DiffiT",
+    "Diffit",
+    "adaln",
+    "time_projection",
+    "time_projections",
+    "window_attention",
+    "mlp",
+    "use_backend",
+]

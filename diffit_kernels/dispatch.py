@@ -14,8 +14,9 @@ Order of choice: the ``backend=`` argument, then :func:`use_backend`, then the f
 the device's order of preference that serves the case. An explicit request runs or raises;
 a default that has to pass over a faster backend says so in one warning, once.
 
-A backend plugs in as a module beside ``eager.py`` with three functions of the schema's arguments:
-``forward``, ``backward``, and ``can_run``, which returns None or the reason why it cannot.
+A backend plugs in as a module beside ``eager.py`` with functions of the schema's arguments:
+``forward``, ``backward``, ``can_run`` (None, or the reason why it cannot), and ``fake`` where the
+results it saves for its backward differ from the eager backend's.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 
 def _load(package: str, backend: str) -> tuple[ModuleType | None, str | None, bool]:
-    """The implementation module of one backend; or why there is none, and if that is worth a warning."""
+    """The implementation module of one backend; or why not, and if that is worth a warning."""
     name = f"{package}.{MODULES[backend]}"
     if importlib.util.find_spec(name) is None:
         return None, f"this release has no {backend} kernels for this op", False
@@ -96,10 +97,10 @@ class FusedOp:
         schema: arguments and results of the forward, in the syntax of ``torch.library``. The
             results are the outputs, then whatever the backward needs.
         backward_schema: the same for the backward.
-        fake: shape inference of the forward: empty tensors from the schema's arguments. An optional
-            result that a backend leaves out is a tensor of zero elements.
+        fake: shape inference of the forward: empty tensors from the schema's arguments. A result
+            that a backend leaves out is a tensor of zero elements.
         backward_fake: the same for the backward.
-        setup_context, backward: as in :func:`torch.library.register_autograd`; ``backward`` receives
+        setup_context, backward: as in :func:`torch.library.register_autograd`; ``backward`` gets
             the backend's backward op before ``ctx``.
         prefix: which functions of a backend module serve the op: ``forward`` or, for a second op of
             the same stage, ``<prefix>_forward``.
@@ -129,7 +130,8 @@ class FusedOp:
                 reason = reason or f"this release has no {backend} kernels for this op"
                 self._missing[backend] = (reason, worth_a_warning)
                 continue
-            forward_op = self._define(name, backend, schema, module, "forward", fake)
+            own_fake = getattr(module, f"{prefix}fake", fake)
+            forward_op = self._define(name, backend, schema, module, "forward", own_fake)
             backward_op = self._define(
                 f"{name}_backward", backend, backward_schema, module, "backward", backward_fake
             )

@@ -1,9 +1,9 @@
 """A DiffiT block through the fused ops: the forward of our model's blocks and of patched ones.
 
 The functions take the module, whoever wrote it, by its parts: a block has ``norm1``, ``attn``,
-``norm2`` and ``mlp``; an attention ``qkv``, ``qkv_temb``, ``proj`` and the bias table. A part is read
-past its ``forward`` only while nothing else hangs on it: with a hook, a parametrization or another
-class in its place (an adapter, a quantized layer), the part itself is called.
+``norm2`` and ``mlp``; an attention ``qkv``, ``qkv_temb``, ``proj`` and the bias table. A part is
+read past its ``forward`` only while nothing else hangs on it: with a hook, a parametrization or
+another class in its place (an adapter, a quantized layer), the part itself is called.
 """
 
 import torch
@@ -30,7 +30,7 @@ def block(module: nn.Module, x: Tensor, temb: Tensor, *, backend: str | None) ->
 
 
 def attention(module: nn.Module, x: Tensor, temb: Tensor | None, *, backend: str | None) -> Tensor:
-    """TMSA(x, temb) = proj(softmax(q kᵀ d^-½ + B) v), q, k, v = qkv(x) + qkv_temb(temb)  (eqs. 3-6).
+    """proj(softmax(q kᵀ d^-½ + B) v), where q, k, v = qkv(x) + qkv_temb(temb)  (eqs. 3 to 6).
 
     x: (B, N, C) with N the window's tokens; temb: (B, C), or None for no time token.
     """
@@ -76,13 +76,14 @@ def feed_forward(module: nn.Module, x: Tensor, *, backend: str | None) -> Tensor
 
 
 def gelu_form(module: nn.Module) -> str | None:
-    """"tanh" or "none" if ``module`` computes fc2(GELU(fc1(x))) and nothing more, else None."""
+    """The form of GELU, "tanh" or "none", if ``module`` computes fc2(GELU(fc1(x))), else None."""
     parts = dict(module.named_children())
     fc1, act, fc2 = (parts.pop(name, None) for name in ("fc1", "act", "fc2"))
     if type(fc1) is not nn.Linear or type(fc2) is not nn.Linear or type(act) is not nn.GELU:
         return None
     idle = all(
-        type(part) is nn.Identity or (type(part) is nn.Dropout and (part.p == 0 or not part.training))
+        type(part) is nn.Identity
+        or (type(part) is nn.Dropout and (part.p == 0 or not part.training))
         for part in parts.values()
     )
     return act.approximate if idle else None

@@ -1,7 +1,7 @@
 """The latent DiffiT, with the names, shapes and state dict of the released ImageNet models.
 
-Read top-down. One flag, ``use_fused_tmsa``, decides whether a block computes the published equations
-literally or through the fused ops of :mod:`diffit_kernels.ops`; the parameters are the same.
+Read top-down. One flag, ``use_fused_tmsa``, decides whether a block computes the published
+equations literally or through the fused ops of :mod:`diffit_kernels.ops`, on the same parameters.
 
 The letters: B batch; N tokens (H · W of the grid); C hidden_size; p patch_size; S input_size.
 """
@@ -174,8 +174,8 @@ class DiffiT(nn.Module):
         ::
 
             eps  = eps_null + w(t) (eps_cond - eps_null)          for the first three channels
-            w(t) = (s - 1) ½ (1 - cos(π (1 - t / diffusion_steps)^scale_pow)) + 1    input_size <= 32
-            w(t) = s                                                                 larger
+            w(t) = (s - 1) ½ (1 - cos(π (1 - t / diffusion_steps)^scale_pow)) + 1
+            w(t) = s    where input_size > 32
 
         The fourth channel and the variance keep each half's own value, as published.
 
@@ -255,7 +255,7 @@ class DiffiT(nn.Module):
 
 
 def Diffit(**kwargs) -> DiffiT:
-    """The released configuration: depth 28, hidden 1152, patch 2, 16 heads; arguments of :class:`DiffiT`.
+    """The released configuration of :class:`DiffiT`: depth 28, hidden 1152, patch 2, 16 heads.
 
     ``input_size`` is 32 for 256-pixel images (the default) and 64 for 512.
     """
@@ -434,7 +434,7 @@ def relative_position_index(window_size: tuple[int, int], device: torch.device) 
 
 
 def sincos_position_embedding(channels: int, side: int) -> Tensor:
-    """(side², C) float64: half of the channels encode the column, half the row, each [sin | cos]."""
+    """(side², C) float64: half the channels encode the column, half the row, each [sin | cos]."""
     quarter = channels // 4
     frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies

@@ -38,8 +38,8 @@ def adaln(
         backend: see :mod:`diffit_kernels.dispatch`.
 
     Returns:
-        ``out`` (B, N, C) in the dtype of ``x``; with ``y``, the pair (new x, ``out``). Statistics and
-        all sums are in float32 (float64 for float64). Differentiable once in every tensor.
+        ``out`` (B, N, C) in the dtype of ``x``; with ``y``, the pair (new x, ``out``). Statistics
+        and sums are in float32 (float64 for float64). Differentiable once in every tensor.
 
     Raises:
         TypeError, ValueError: an argument breaks one of the rules above; the message has its value.

@@ -8,10 +8,7 @@ from diffit_kernels.ops.checks import accumulation_dtype
 
 
 def forward(x, y, gate, shift, scale, weight, bias, eps):
-    if y is None:
-        residual = x
-    else:
-        residual = x + (y if gate is None else gate * y).to(x.dtype)
+    residual = x if y is None else x + (y if gate is None else gate * y).to(x.dtype)
     dtype = accumulation_dtype(x.dtype)
     wide = residual.to(dtype)
     variance, mean = torch.var_mean(wide, -1, correction=0)

@@ -59,9 +59,7 @@ def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate):
     return x.new_empty(*rows, fc2_weight.shape[0]), x.new_empty(*rows, fc1_weight.shape[0])
 
 
-def _backward_fake(
-    grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate
-):
+def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate):
     return tuple(
         x.new_empty(0) if t is None else t.new_empty(t.shape)
         for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)

@@ -1,4 +1,4 @@
-"""Projections of the time token (DiffiT, eqs. 3-5): beside the tokens' own, or for many blocks at once."""
+"""The time token's projections (DiffiT, eqs. 3-5): added to the tokens' own, or for many blocks."""
 
 from collections.abc import Sequence
 

@@ -26,9 +26,9 @@ def window_attention(
         out = softmax(scale · (q + q_t) kᵀ + B) v + v_t
         B[head, i, j] = table[(y_i - y_j + h - 1) · (2w - 1) + (x_i - x_j + w - 1), head]
 
-    which equals attention over q + q_t, k + k_t, v + v_t: the key part adds the same number to every
-    score of a row, and softmax cancels it; rows of softmax sum to one, so v_t leaves as it is
-    (derivations 1 to 3 in reference/README.md).
+    which equals attention over q + q_t, k + k_t, v + v_t: the key part adds the same number to
+    every score of a row, and softmax cancels it; rows of softmax sum to one, so v_t leaves as it
+    is (derivations 1 to 3 in reference/README.md).
 
     Args:
         qkv: (B, H, W, 3C), channels ordered (3, nH, d); float64, float32, bfloat16 or float16.
@@ -41,7 +41,7 @@ def window_attention(
         backend: see :mod:`diffit_kernels.dispatch`.
 
     Returns:
-        (B, H, W, C) in the dtype of ``qkv``. Scores' statistics and all sums are accumulated in float32
+        (B, H, W, C) in the dtype of ``qkv``. Statistics and sums are accumulated in float32
         (float64 for float64). Differentiable once in ``qkv``, the table and ``temb``.
 
     Raises:
@@ -105,7 +105,8 @@ def _backward(op, ctx, grad_out, _):
     dqkv, dtemb, dtable = op(
         grad_out, qkv, temb, table, out, lse, ctx.num_heads, ctx.window_size, ctx.scale
     )
-    return dqkv, None if temb is None else dtemb, None if table is None else dtable, None, None, None
+    dtemb, dtable = (None if t is None else d for t, d in ((temb, dtemb), (table, dtable)))
+    return dqkv, dtemb, dtable, None, None, None
 
 
 _window_attention = FusedOp(

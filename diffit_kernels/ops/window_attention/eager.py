@@ -25,7 +25,8 @@ def backward(
 ):
     """With P the probabilities and dO = grad_out; v_t falls out of dS, as its rows sum to zero::
 
-    dv = Pᵀ dO    dP = dO vᵀ    dS = P ∘ (dP - rowsum(P ∘ dP))    dq = scale · dS k    dk = scale · dSᵀ q
+    dv = Pᵀ dO    dP = dO vᵀ    dS = P ∘ (dP - rowsum(P ∘ dP))
+    dq = scale · dS k    dk = scale · dSᵀ q
     dq_t = Σ_tokens dq    dv_t = Σ_tokens dO    dtable = dS summed over windows, by offset
     """
     dtype = accumulation_dtype(qkv.dtype)
