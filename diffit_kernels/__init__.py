@@ -1,14 +1,19 @@
 """Fused kernels for DiffiT: windowed time-dependent attention with a learned position bias."""
 
+from diffit_kernels.checkpoint import from_pretrained
 from diffit_kernels.dispatch import use_backend
 from diffit_kernels.model import DiffiT, Diffit
 from diffit_kernels.ops import adaln, mlp, time_projection, time_projections, window_attention
+from diffit_kernels.patch import patch, unpatch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DiffiT",
     "Diffit",
+    "from_pretrained",
+    "patch",
+    "unpatch",
     "adaln",
     "time_projection",
     "time_projections",

@@ -1,0 +1,295 @@
+"""Reading the checkpoints users have, whole or not at all.
+
+safetensors files are memory-mapped; ``.pt`` files are read with ``weights_only=True``, so no pickle
+is ever executed. The configuration is inferred from the shapes of the tensors.
+"""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffit_kernels.model import DiffiT, relative_position_index
+from diffit_kernels.ops.checks import FLOAT_DTYPES
+
+WRAPPERS = ("ema", "model", "state_dict")
+PREFIXES = ("module.", "_orig_mod.")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHOWN_KEYS = 8
+
+# What decides the configuration; a file without one of these is no latent DiffiT.
+LANDMARKS = {
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.attn.relative_position_bias_table": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
+
+
+def from_pretrained(
+    path_or_hub_id: str | os.PathLike,
+    filename: str | None = None,
+    *,
+    use_fused_tmsa: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> DiffiT:
+    """Load a latent DiffiT from a file, a folder or a hub repository, ready to sample (``eval``).
+
+    Args:
+        path_or_hub_id: a ``.safetensors`` file or one that ``torch.save`` wrote; a folder with
+            such a file; or a hub id such as ``"nvidia/DiffiT"`` (needs the ``hub`` extra). The
+            tensors may lie bare or under "ema", "model" or "state_dict" (looked for in this order),
+            with the prefixes "module." and "_orig_mod.".
+        filename: which file of the folder or repository; needed where there are several.
+        use_fused_tmsa, backend: as for :class:`~diffit_kernels.model.DiffiT`.
+        device: where to put the model; default the CPU.
+        dtype: floating-point type of the model; default the file's own (float32 for mixed ones).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is corrupt, is no DiffiT, needs pickled code, or has missing,
+            unexpected or misshapen keys; the message names them. No model is returned then.
+        ImportError: a hub id without huggingface_hub installed.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"from_pretrained: dtype must be a floating-point type, got {dtype}")
+    path = resolve(path_or_hub_id, filename)
+    with open_checkpoint(path) as tensors:
+        config = infer_config(tensors, path)
+        with torch.device("meta"):
+            model = DiffiT(**config, use_fused_tmsa=use_fused_tmsa, backend=backend)
+        _check_keys(model, tensors, path)
+        state = {
+            name: tensors.load(name).to(device=device, dtype=dtype, copy=True)
+            for name, _ in model.named_parameters()
+        }
+    dtypes = {value.dtype for value in state.values()}
+    if not dtypes <= set(FLOAT_DTYPES):
+        raise ValueError(f"{path}: weights must be of {FLOAT_DTYPES}, got {dtypes}; or give dtype=")
+    if len(dtypes) > 1:
+        state = {name: value.float() for name, value in state.items()}
+    model.load_state_dict(state, strict=False, assign=True)  # the index was checked, and is derived
+    model.pos_embed.requires_grad_(False)
+    return model.eval()
+
+
+def resolve(path_or_hub_id: str | os.PathLike, filename: str | None = None) -> Path:
+    """The checkpoint file that the arguments of :func:`from_pretrained` name."""
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        names = [p.name for p in sorted(path.iterdir()) if p.suffix in SUFFIXES]
+        return path / _choose(names, filename, f"folder {path}")
+    if path.is_file():
+        if filename is not None:
+            raise ValueError(f"from_pretrained: {path} is a file: filename={filename!r} has no use")
+        return path
+    if HUB_ID.fullmatch(str(path_or_hub_id)) and path.suffix not in SUFFIXES:
+        return _download(path_or_hub_id, filename)
+    raise FileNotFoundError(
+        f"from_pretrained: no such file or folder: {path}; a hub id looks like 'owner/name'"
+    )
+
+
+def _choose(names: list[str], filename: str | None, place: str) -> str:
+    if filename is None and len(names) == 1:
+        return names[0]
+    if filename in names:
+        return filename
+    wish = "say which with filename=" if filename is None else f"has no {filename!r}"
+    raise ValueError(f"from_pretrained: {place}: {wish}; checkpoints in it: {names or 'none'}")
+
+
+def _download(hub_id: str, filename: str | None) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"from_pretrained: no local file {hub_id!r}, and reading it from the hub needs "
+            "huggingface_hub: pip install 'diffit-kernels[hub]'"
+        ) from error
+    try:
+        files = huggingface_hub.list_repo_files(hub_id) if filename is None else [filename]
+        names = [name for name in files if name.endswith(SUFFIXES)]
+        filename = _choose(names, filename, f"hub repository {hub_id}")
+        return Path(huggingface_hub.hf_hub_download(hub_id, filename))
+    except ValueError:
+        raise
+    except Exception as error:  # which classes depends on the hub client's version and transport
+        raise OSError(
+            f"from_pretrained: {hub_id!r} is no local path, and the hub did not give "
+            f"{filename or 'its list of files'}: {_first_line(error)}"
+        ) from error
+
+
+class Tensors:
+    """A checkpoint's tensors under their bare names: shapes at once, data on demand."""
+
+    def __init__(self, names: Mapping[str, str], shape_of, load):
+        self._names, self._load = dict(names), load
+        self.shapes = {bare: tuple(shape_of(stored)) for bare, stored in self._names.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self._load(self._names[name])
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: Path) -> Iterator[Tensors]:
+    """The tensors of a file, read as far as needed.
+
+    Raises:
+        ValueError: the file is empty, truncated, or of neither format, or holds no tensors.
+    """
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if path.suffix == ".safetensors" or head[8:] == b"{":
+        with _open_safetensors(path) as tensors:
+            yield tensors
+    else:
+        state = _read_pickle(path)
+        yield Tensors(_bare_names(state), lambda name: state[name].shape, state.__getitem__)
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[Tensors]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no intact safetensors file: {error}") from error
+    with file:
+        names = _bare_names(file.keys())
+        yield Tensors(names, lambda name: file.get_slice(name).get_shape(), file.get_tensor)
+
+
+def _read_pickle(path: Path) -> Mapping[str, Tensor]:
+    """The state dict of a file that torch.save wrote, taken out of its wrapper."""
+    import pickle
+    import zipfile
+
+    try:
+        mmap = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is corrupt, or holds more than tensors and could only be read by executing "
+            "its pickled code, which is never done. Save the state dict alone, best with "
+            "safetensors.torch.save_file."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no intact torch.save file: {_first_line(error)}") from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    state = content if isinstance(content, Mapping) else {}
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        mapping = isinstance(content, Mapping)
+        found = _list(sorted(map(str, content))) if mapping else f"a {type(content).__name__}"
+        raise ValueError(
+            f"{path} holds no state dict, neither bare nor under {WRAPPERS}; it holds {found}"
+        )
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _bare_names(stored) -> dict[str, str]:
+    """Bare name -> stored name; wrappers and prefixes come off in any order and number.
+
+    Where a file holds several wrapped state dicts, the first of :data:`WRAPPERS` wins.
+    """
+    stored = list(stored)
+    for wrapper in WRAPPERS:
+        if any(name.startswith(f"{wrapper}.") for name in stored):
+            stored = [name for name in stored if name.startswith(f"{wrapper}.")]
+            return {_strip(name.removeprefix(f"{wrapper}.")): name for name in stored}
+    return {_strip(name): name for name in stored}
+
+
+def _strip(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def infer_config(tensors: Tensors, path: Path | str = "checkpoint") -> dict:
+    """The constructor arguments of :class:`DiffiT` that give the checkpoint's shapes.
+
+    ``num_classes`` takes the last row of the label table for the null class.
+
+    Raises:
+        ValueError: a tensor that decides the configuration is missing or of the wrong rank.
+    """
+    shapes = tensors.shapes
+    wrong = [name for name, rank in LANDMARKS.items() if len(shapes.get(name, ())) != rank]
+    if wrong:
+        raise ValueError(
+            f"{path} is no latent DiffiT: it lacks {_list(wrong)} (or has them in another rank); "
+            f"it has {_list(sorted(shapes))}"
+        )
+    _, tokens, hidden_size = shapes["pos_embed"]
+    _, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"{path}: pos_embed must have a square number of tokens, got {tokens}")
+    out_channels = shapes["final_layer.linear.weight"][0] // patch_size**2
+    mlp_hidden = shapes["blocks.0.mlp.fc1.weight"][0]
+    mlp_ratio = mlp_hidden / hidden_size
+    if int(hidden_size * mlp_ratio) != mlp_hidden:  # the quotient was rounded down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    blocks = {name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)}
+    return {
+        "input_size": side * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": len(blocks),
+        "num_heads": shapes["blocks.0.attn.relative_position_bias_table"][1],
+        "mlp_ratio": mlp_ratio,
+        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
+        "learn_sigma": out_channels != in_channels,
+    }
+
+
+def _check_keys(model: DiffiT, tensors: Tensors, path: Path) -> None:
+    """Names and shapes against the model's, and the values of every index; one error for all."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = tensors.shapes
+    problems = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {shapes[name]} instead of {expected[name]}"
+            for name in expected
+            if name in shapes and shapes[name] != expected[name]
+        ],
+    }
+    if not any(problems.values()):
+        index = relative_position_index(model.blocks[0].attn.window_size, torch.device("cpu"))
+        problems["with values of another window layout"] = [
+            name
+            for name in expected
+            if name.endswith("relative_position_index")
+            and not torch.equal(tensors.load(name).long(), index)
+        ]
+    if any(problems.values()):
+        listing = "; ".join(f"{kind}: {_list(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"{path} does not fit a latent DiffiT, nothing was loaded. {listing}")
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
+    return ", ".join(names[:SHOWN_KEYS]) + more

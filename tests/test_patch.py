@@ -1,0 +1,255 @@
+"""patch: the fused ops inside models we did not write, found by structure, undone exactly."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import diffit_kernels
+from diffit_kernels import patch, unpatch
+from tests import lookalike
+from tests.golden_files import LATENT, recording
+from tests.parity import assert_close
+from tests.test_reference import without_key_third
+
+TOKENS = (3, 16, 16)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return lookalike.Transformer()
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(1)
+    return torch.randn(TOKENS), torch.randn(TOKENS[0], TOKENS[-1])
+
+
+def fused_calls(model, *args):
+    """Names of the fused ops that a call of ``model`` runs, in order."""
+    calls = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "diffit":
+                calls.append(str(func).removeprefix("diffit."))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder(), torch.no_grad():
+        model(*args)
+    return calls
+
+
+BLOCK_CALLS = [
+    "adaln.eager",
+    "time_projections.eager",
+    "window_attention.eager",
+    "adaln.eager",
+    "mlp.eager",
+]
+
+
+def test_whole_blocks_run_through_the_fused_ops_and_agree(model, inputs):
+    expected = model(*inputs)
+    assert patch(model) is model
+    assert fused_calls(model, *inputs) == 2 * BLOCK_CALLS
+    assert_close(model(*inputs), expected, 2e-5)
+    patch(model)
+    assert fused_calls(model, *inputs) == 2 * BLOCK_CALLS, "patching twice"
+
+
+def test_unpatch_restores_exactly(model, inputs):
+    expected = model(*inputs)
+    classes = [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    unpatch(patch(model))
+    assert [type(module) for module in model.modules()] == classes
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert torch.equal(model(*inputs), expected)
+    assert fused_calls(model, *inputs) == []
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_lookalike_blocks_with_recorded_weights_agree_with_our_model(name):
+    """A structure-alike of the whole recorded model, patched, against the recorded gradients."""
+    golden = recording(name)
+    config = golden.config
+    ours = diffit_kernels.DiffiT(**config)
+    side = config["input_size"] // config["patch_size"]
+    for index in range(config["depth"]):
+        ours.blocks[index] = lookalike.Layer(config["hidden_size"], config["num_heads"], side)
+    ours.load_state_dict(golden.under("state."))
+    patch(ours.eval())
+    x = golden["input.x"].clone().requires_grad_()
+    # Our forward sets flags only on our own blocks, so these run because they were patched.
+    out = ours(x, golden["input.t"], golden["input.y"])
+    assert_close(out, golden["output"], 2e-5)
+    (out * golden["loss_weight"]).sum().backward()
+    assert_close(x.grad, golden["grad.input.x"], 2e-5, "gradient of x")
+    parameters = dict(ours.named_parameters())
+    for key, expected in golden.under("grad.param.").items():
+        assert_close(*without_key_third(key, parameters[key].grad, expected), 2e-5, key)
+    with torch.no_grad():
+        guided = ours.forward_with_cfg(golden["cfg.x"], golden["cfg.t"], golden["cfg.y"], 4.4)
+    assert_close(guided, golden["cfg.output_scale4.4"], 2e-5, "guided")
+
+
+def test_parameters_state_dict_and_optimiser_stay_the_same_objects(model, inputs):
+    optimiser = torch.optim.AdamW(model.parameters())
+    model(*inputs).sum().backward()
+    optimiser.step()
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    patch(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert list(model.state_dict()) == keys
+    assert isinstance(model.layers[0].attn, lookalike.Attention)
+    assert len(optimiser.state) == len(parameters)
+    before = model.layers[0].attn.relative_position_bias_table.detach().clone()
+    model(*inputs).sum().backward()
+    optimiser.step()
+    assert not torch.equal(before, model.layers[0].attn.relative_position_bias_table)
+    model.load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "part", ["attn", "attn.qkv", "attn.qkv_temb", "norm1", "norm2", "mlp", "mlp.act", "mlp.fc1"]
+)
+def test_hooks_fire_and_count(model, inputs, part):
+    seen = []
+    layer = model.layers[0]
+    handle = layer.get_submodule(part).register_forward_hook(
+        lambda module, args, output: seen.append(tuple(output.shape)) or output * 1.5
+    )
+    expected = model(*inputs)
+    assert len(seen) == 1
+    patch(model)
+    assert len(seen) == 1, "patching must not fire hooks"
+    assert_close(model(*inputs), expected, 2e-5)
+    assert len(seen) == 2
+    handle.remove()
+    assert fused_calls(model, *inputs) == 2 * BLOCK_CALLS
+
+
+def test_adapters_in_place_of_linear_layers_are_used(model, inputs):
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.delta = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.delta(x)
+
+    attn, mlp = model.layers[0].attn, model.layers[0].mlp
+    attn.qkv, attn.qkv_temb, mlp.fc2 = Adapter(attn.qkv), Adapter(attn.qkv_temb), Adapter(mlp.fc2)
+    expected = model(*inputs)
+    patch(model)
+    assert_close(model(*inputs), expected, 2e-5)
+    assert "window_attention.eager" in fused_calls(model, *inputs)
+
+
+def test_deepcopy_is_independent(model, inputs):
+    patch(model)
+    expected = model(*inputs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(*inputs), expected)
+    assert fused_calls(twin, *inputs) == 2 * BLOCK_CALLS
+    assert type(unpatch(twin).layers[0].attn) is lookalike.Attention
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickle(model, inputs, protocol):
+    patch(model)
+    twin = pickle.loads(pickle.dumps(model, protocol))
+    assert torch.equal(twin(*inputs), model(*inputs))
+    assert fused_calls(twin, *inputs) == 2 * BLOCK_CALLS
+
+
+def test_torch_save_of_the_whole_module(model, inputs):
+    file = io.BytesIO()
+    torch.save(patch(model), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(*inputs), model(*inputs))
+
+
+def test_compiles_whole(model, inputs):
+    expected = patch(model)(*inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*inputs), expected, 2e-5)
+    compiled(*inputs).sum().backward()
+    assert model.layers[0].attn.relative_position_bias_table.grad.abs().max() > 0
+
+
+def test_attention_without_time_token_and_with_a_mask(model, inputs):
+    attn = patch(model).layers[0].attn
+    original = unpatch(copy.deepcopy(attn))
+    assert_close(attn(inputs[0]), original(inputs[0]), 2e-5)
+    mask = torch.randn(16, 16)
+    with pytest.warns(RuntimeWarning, match="Attention runs its own forward.*further arguments"):
+        masked = attn(inputs[0], inputs[1], mask)
+    assert_close(masked, original(inputs[0], inputs[1], mask), 2e-5)
+
+
+def test_dropout_keeps_the_own_forward_in_training_only(inputs):
+    model = patch(lookalike.Transformer(dropout=0.25))
+    with pytest.warns(RuntimeWarning, match=r"attention dropout 0\.25 is on"):
+        assert "window_attention.eager" not in fused_calls(model.train(), *inputs)
+    assert "window_attention.eager" in fused_calls(model.eval(), *inputs)
+
+
+def test_a_block_that_computes_something_else_keeps_its_forward(inputs):
+    torch.manual_seed(0)
+    model = lookalike.Transformer(layer=lookalike.GatedLayer)
+    expected = model(*inputs)
+    assert fused_calls(patch(model), *inputs) == 2 * ["time_projections.eager", "window_attention.eager"]
+    assert_close(model(*inputs), expected, 2e-5)
+
+
+def test_backend_is_passed_on(model, inputs):
+    patch(model, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"backend 'triton' cannot run this on cpu"):
+        model(*inputs)
+    patch(model, backend=None)
+    model(*inputs)
+
+
+def test_errors(model):
+    with pytest.raises(ValueError, match=r"no attention to patch.*qkv_temb.*near misses: none"):
+        patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="set model.use_fused_tmsa = True instead"):
+        patch(diffit_kernels.DiffiT(input_size=4, hidden_size=16, depth=1, num_heads=2))
+    with pytest.raises(TypeError, match="patch: model must be a torch.nn.Module, got dict"):
+        patch({})
+    with pytest.raises(ValueError, match="backend must be one of"):
+        patch(model, backend="cuda")
+
+
+def test_near_misses_are_named():
+    cases = {
+        "lacks qkv_temb": lambda a: delattr(a, "qkv_temb"),
+        r"bias table has shape \(48, 2\), not \(49, 2\)": lambda a: setattr(
+            a, "relative_position_bias_table", nn.Parameter(torch.zeros(48, 2))
+        ),
+        "not the row-major one": lambda a: a.relative_position_index.copy_(
+            a.relative_position_index.T.clone()
+        ),
+    }
+    for message, damage in cases.items():
+        attention = lookalike.Attention(16, 2, 4)
+        damage(attention)
+        with pytest.raises(ValueError, match=message):
+            patch(attention)
+    with pytest.raises(ValueError, match="computes something else"):
+        patch(lookalike.SineAttention(16, 2, 4))
+    with torch.device("meta"):
+        attention = lookalike.Attention(16, 2, 4)
+    with pytest.raises(ValueError, match="meta device"):
+        patch(attention)
