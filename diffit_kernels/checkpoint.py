@@ -186,11 +186,13 @@ def _read_pickle(path: Path) -> Mapping[str, Tensor]:
             "its pickled code, which is never done. Save the state dict alone, best with "
             "safetensors.torch.save_file."
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, UnicodeDecodeError) as error:
+    except Exception as error:  # damage surfaces as almost any exception of the reader
         raise ValueError(f"{path} is no intact torch.save file: {_first_line(error)}") from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    while isinstance(content, Mapping):
+        inner = [content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
     state = content if isinstance(content, Mapping) else {}
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not state:

@@ -74,8 +74,8 @@ def _load(package: str, backend: str) -> tuple[ModuleType | None, str | None, bo
         return None, f"{backend} kernels could not be imported: {error}", True
 
 
-def _without_autocast(function: Callable) -> Callable:
-    """Inside an op the dtypes are settled: autocast must not change them a second time."""
+def _as_op(function: Callable) -> Callable:
+    """An implementation as the op runs it: no autocast inside, contiguous results as promised."""
 
     @functools.wraps(function)
     def run(*args):
@@ -83,9 +83,15 @@ def _without_autocast(function: Callable) -> Callable:
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     return run(*args)
-        return function(*args)
+        return _contiguous(function(*args))
 
     return run
+
+
+def _contiguous(results: Any) -> Any:
+    if isinstance(results, torch.Tensor):
+        return results.contiguous()
+    return type(results)(_contiguous(result) for result in results)
 
 
 class FusedOp:
@@ -156,9 +162,7 @@ class FusedOp:
     ) -> Any:
         _library.define(f"{name}.{backend}{schema}")
         implementation = getattr(module, f"{self._prefix}{direction}")
-        _library.impl(
-            f"{name}.{backend}", _without_autocast(implementation), "CompositeExplicitAutograd"
-        )
+        _library.impl(f"{name}.{backend}", _as_op(implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(f"diffit::{name}.{backend}", fake, lib=_library)
         return getattr(getattr(torch.ops.diffit, name), backend)
 

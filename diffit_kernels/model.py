@@ -246,7 +246,8 @@ class DiffiT(nn.Module):
                 )
         if y.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"DiffiT: y must be int64 or int32 class labels, got {y.dtype}")
-        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+        readable = type(y) is Tensor and y.device.type == "cpu"  # no fake, traced or remote values
+        if readable and y.numel() and not torch.compiler.is_compiling():
             last = self.y_embedder.embedding_table.num_embeddings - 1
             if y.min() < 0 or y.max() > last:
                 raise ValueError(

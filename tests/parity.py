@@ -48,13 +48,14 @@ def assert_parity(
 ) -> None:
     """Error against the float64 truth at most twice that of the literal equations in ``dtype``.
 
-    Plus four roundings of the largest value, for where the literal form happens to be exact.
+    Plus four roundings of the largest value, for where the literal form happens to be exact. In
+    float64 there is no finer truth: there, the two agree to a thousand roundings.
     """
     rounded = [None if t is None else t.to(dtype).double() for t in inputs]
     truth = values_and_gradients(literal, rounded, torch.float64)
     ours = values_and_gradients(fused, rounded, dtype)
     eager = values_and_gradients(literal, rounded, dtype)
-    floor = 4 * torch.finfo(dtype).eps
+    floor = (4 if dtype != torch.float64 else 1000) * torch.finfo(dtype).eps
     for i, (actual, peer, expected) in enumerate(zip(ours, eager, truth, strict=True)):
         assert_close(
             actual, expected, 2 * relative_error(peer, expected) + floor, f"result {i} in {dtype}"

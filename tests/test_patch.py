@@ -209,7 +209,10 @@ def test_a_block_that_computes_something_else_keeps_its_forward(inputs):
     torch.manual_seed(0)
     model = lookalike.Transformer(layer=lookalike.GatedLayer)
     expected = model(*inputs)
-    assert fused_calls(patch(model), *inputs) == 2 * ["time_projections.eager", "window_attention.eager"]
+    assert fused_calls(patch(model), *inputs) == 2 * [
+        "time_projections.eager",
+        "window_attention.eager",
+    ]
     assert_close(model(*inputs), expected, 2e-5)
 
 
@@ -224,9 +227,9 @@ def test_backend_is_passed_on(model, inputs):
 def test_errors(model):
     with pytest.raises(ValueError, match=r"no attention to patch.*qkv_temb.*near misses: none"):
         patch(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="set model.use_fused_tmsa = True instead"):
+    with pytest.raises(ValueError, match=r"set model\.use_fused_tmsa = True instead"):
         patch(diffit_kernels.DiffiT(input_size=4, hidden_size=16, depth=1, num_heads=2))
-    with pytest.raises(TypeError, match="patch: model must be a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"patch: model must be a torch\.nn\.Module, got dict"):
         patch({})
     with pytest.raises(ValueError, match="backend must be one of"):
         patch(model, backend="cuda")

@@ -18,11 +18,6 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def tokens():
     """qkv (B, H, W, 3C) with two windows a side, time token (B, 3C) and table."""

@@ -111,6 +111,8 @@ def _backward(op, ctx, grad_out, grad_residual, _mean, _rstd):
     inputs = (y, gate, shift, scale, weight, bias)
     if grad_out is None:
         grad_out = torch.zeros_like(residual)
+    if not ctx.has_y:  # then the residual result was empty, and so is its gradient, if any
+        grad_residual = None
     dx, *grads = op(grad_out, grad_residual, residual, *inputs, mean, rstd)
     dy, *others = (None if t is None else grad for t, grad in zip(inputs, grads, strict=True))
     if ctx.has_y and dy is None:

@@ -74,15 +74,16 @@ def _grid(windows: Tensor, shape: torch.Size, window_size: list[int]) -> Tensor:
     parts, _, num_heads, _, head_dim = windows.shape
     x = windows.reshape(parts, batch, height // h, width // w, num_heads, h, w, head_dim)
     x = x.permute(1, 2, 5, 3, 6, 0, 4, 7)
-    return x.reshape(batch, height, width, parts * num_heads * head_dim).contiguous()
+    return x.reshape(batch, height, width, parts * num_heads * head_dim)
 
 
 def _time_parts(temb: Tensor | None, q: Tensor, num_heads: int) -> tuple[Tensor | float, ...]:
     """The time token's q and v parts, (B·windows, nH, 1, d) each; zeros where there is no token."""
     if temb is None:
         return 0.0, 0.0
-    parts = temb.to(q.dtype).reshape(temb.shape[0], 2, num_heads, 1, -1).unbind(1)
-    windows = q.shape[0] // max(temb.shape[0], 1)
+    batch, head_dim = temb.shape[0], q.shape[-1]
+    parts = temb.to(q.dtype).reshape(batch, 2, num_heads, 1, head_dim).unbind(1)
+    windows = q.shape[0] // max(batch, 1)
     return tuple(part.repeat_interleave(windows, 0) for part in parts)
 
 
@@ -104,7 +105,7 @@ def _reduce_bias(dbias: Tensor, window_size: list[int]) -> Tensor:
     h, w = window_size
     by_row = dbias.reshape(-1, h, w, h, w).permute(0, 2, 4, 1, 3)
     by_column = _sum_diagonals(by_row).permute(0, 3, 1, 2)
-    return _sum_diagonals(by_column).flatten(1).t().contiguous()
+    return _sum_diagonals(by_column).flatten(1).t()
 
 
 def _sum_diagonals(x: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""adaln: values and every gradient, with every combination of its optional parts."""
+
+import itertools
+
+import pytest
+import torch
+
+import reference
+from diffit_kernels.ops import adaln
+from tests.parity import assert_close, assert_parity
+
+# name: (B, N, C)
+SHAPES = {
+    "1152 channels": (2, 5, 1152),
+    "odd": (3, 7, 33),
+    "one token": (2, 1, 8),
+    "one channel short of a power of two": (1, 4, 127),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("x", "shift", "scale", "y", "gate", "weight", "bias")
+
+
+def make(shape, *, parts=NAMES, per_token=False, device="cpu"):
+    batch, _, channels = shape
+    sizes = {name: shape if per_token else (batch, channels) for name in ("shift", "scale", "gate")}
+    sizes |= {"x": shape, "y": shape, "weight": (channels,), "bias": (channels,)}
+    return [torch.randn(sizes[name], device=device) if name in parts else None for name in NAMES]
+
+
+def fused(*inputs):
+    given = dict(zip(NAMES, inputs, strict=True))
+    return adaln(given.pop("x"), **given)
+
+
+def literal(*inputs):
+    given = dict(zip(NAMES, inputs, strict=True))
+    pair = reference.adaln(given.pop("x"), **given)
+    return pair if given["y"] is not None else pair[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parity(shape, per_token, dtype, backend, device):
+    inputs = make(SHAPES[shape], per_token=per_token, device=device)
+    assert_parity(fused, literal, inputs, dtype)
+
+
+COMBINATIONS = [
+    ("x", *itertools.chain.from_iterable(chosen))
+    for size in range(4)
+    for chosen in itertools.combinations(
+        [("shift", "scale"), ("y",), ("gate", "y"), ("weight", "bias")], size
+    )
+] + [("x", "scale"), ("x", "shift"), ("x", "weight")]
+
+
+@pytest.mark.parametrize("parts", COMBINATIONS, ids="+".join)
+def test_every_part_is_optional(parts, backend, device):
+    assert_parity(fused, literal, make((2, 3, 24), parts=parts, device=device), torch.float32)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_result_alone_may_be_used(used, backend):
+    """Of the pair (x, out), the loss may see only one."""
+    pick = (lambda *args: fused(*args)[used]), (lambda *args: literal(*args)[used])
+    parts = ("x", "y", "gate") if used == 0 else NAMES
+    assert_parity(*pick, make((2, 3, 24), parts=parts), torch.float32)
+
+
+def test_large_mean_keeps_its_digits(backend):
+    """Mean 1000, deviation 1: the variance must not be a difference of squares."""
+    x = torch.randn(2, 3, 256) + 1000
+    assert_close(adaln(x), reference.adaln(x.double())[1], 1e-4)
+
+
+def test_constant_rows(backend):
+    x = torch.full((1, 2, 16), 3.0, requires_grad=True)
+    out = adaln(x)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros_like(out)) and x.grad.isfinite().all()
+
+
+def test_empty(backend):
+    inputs = make((0, 3, 8))
+    out = fused(*inputs)
+    assert out[0].shape == out[1].shape == (0, 3, 8)
+
+
+def test_results_repeat_bitwise(backend, device):
+    def run():
+        torch.manual_seed(0)
+        leaves = [t.requires_grad_() for t in make((4, 64, 1152), device=device)]
+        x, out = fused(*leaves)
+        (x + out).square().sum().backward()
+        return [x, out, *(t.grad for t in leaves)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+ERRORS = {
+    "x must have 3 dimensions": (ValueError, {"x": torch.zeros(2, 8)}),
+    "gate scales y, but y is None": (ValueError, {"y": None}),
+    "eps must be >= 0, got -1": (ValueError, {"eps": -1}),
+    r"shift must have shape \(2, 8\), got \(2, 9\)": (ValueError, {"shift": torch.zeros(2, 9)}),
+    r"scale must have shape \(2, 3, 8\), got \(2, 4, 8\)": (
+        ValueError,
+        {"scale": torch.zeros(2, 4, 8)},
+    ),
+    r"weight must have shape \(8\), got \(9\,\)": (ValueError, {"weight": torch.zeros(9)}),
+    "y must be float32, got torch.bfloat16": (
+        TypeError,
+        {"y": torch.zeros(2, 3, 8, dtype=torch.bfloat16)},
+    ),
+    "backend 'native' cannot run this": (NotImplementedError, {"backend": "native"}),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_rule_and_value(message):
+    given = dict(zip(NAMES, make((2, 3, 8)), strict=True))
+    kind, change = ERRORS[message]
+    with pytest.raises(kind, match=message):
+        adaln(**given | change)

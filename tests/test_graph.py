@@ -1,0 +1,118 @@
+"""Every op as PyTorch's compilers see it: opcheck, whole-graph compile, export, fake tensors."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffit_kernels import DiffiT
+from diffit_kernels.dispatch import BACKENDS, REGISTRY
+from tests.parity import assert_close
+
+
+def random(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+def strided(*shape):
+    """Of the same shape, with the last two dimensions swapped in memory."""
+    return torch.randn(*shape[:-2], shape[-1], shape[-2]).mT.detach().requires_grad_()
+
+
+CALLS = {
+    "window_attention": [
+        lambda: (random(2, 4, 6, 48), random(2, 32), random(15, 2), 2, [2, 3], 0.4),
+        lambda: (random(2, 4, 6, 48), None, None, 2, [4, 6], 0.4),
+        lambda: (strided(2, 4, 6, 48), strided(2, 32), strided(15, 2), 2, [2, 3], 0.4),
+    ],
+    "adaln": [
+        lambda: (*(random(2, 3, 8) for _ in range(5)), random(8), random(8), 1e-6),
+        lambda: (random(2, 3, 8), None, None, random(2, 1, 8), random(2, 1, 8), None, None, 1e-6),
+        lambda: (random(2, 3, 8), random(2, 3, 8), None, None, None, None, None, 1e-6),
+        lambda: (strided(2, 3, 8), strided(2, 3, 8), random(2, 1, 8), *[None] * 4, 1e-6),
+    ],
+    "time_projection": [
+        lambda: (random(2, 3, 8), random(6, 8), random(6), random(2, 6)),
+        lambda: (random(2, 3, 8), random(6, 8), None, random(2, 6)),
+        lambda: (strided(2, 3, 8), strided(6, 8), None, strided(2, 6)),
+    ],
+    "time_projections": [
+        lambda: (random(2, 8), [random(6, 8), random(6, 8)], [random(6), random(6)]),
+        lambda: (random(2, 8), [random(6, 8)], []),
+        lambda: (strided(2, 8), [strided(6, 8)], []),
+    ],
+    "mlp": [
+        lambda: (random(2, 3, 8), random(16, 8), random(16), random(8, 16), random(8), "tanh"),
+        lambda: (random(2, 3, 8), random(16, 8), None, random(8, 16), None, "none"),
+        lambda: (strided(2, 3, 8), strided(16, 8), None, strided(8, 16), None, "tanh"),
+    ],
+}
+
+
+def test_every_op_is_covered():
+    assert set(CALLS) == set(REGISTRY)
+
+
+@pytest.mark.parametrize(
+    "name, backend, case",
+    [
+        (name, backend, case)
+        for name, cases in CALLS.items()
+        for backend in BACKENDS
+        if REGISTRY[name].is_built(backend)
+        for case in range(len(cases))
+    ],
+)
+def test_opcheck(name, backend, case):
+    torch.library.opcheck(REGISTRY[name].overload(backend), CALLS[name][case]())
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = DiffiT(
+        input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=5, use_fused_tmsa=True
+    ).eval()
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    return model
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5])
+
+
+def test_the_model_compiles_whole_with_gradients(model, inputs):
+    expected = model(*inputs)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    out = torch.compile(model, fullgraph=True)(*inputs)
+    assert_close(out, expected, 2e-5)
+    out.square().sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert_close(p.grad, gradients[name], 2e-5, name)
+
+
+def test_toggling_reaches_compiled_code(model, inputs):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = compiled(*inputs)
+    model.use_fused_tmsa = False
+    assert_close(compiled(*inputs), expected, 2e-5)
+
+
+def test_the_model_exports_and_keeps_the_fused_ops(model, inputs):
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = ({0: batch}, {0: batch}, {0: batch})
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes)
+    ops = [str(node.target) for node in program.graph.nodes if "diffit" in str(node.target)]
+    assert ops.count("diffit.window_attention.eager") == 2
+    more = tuple(torch.cat((value, value)) for value in inputs)
+    with torch.no_grad():
+        assert_close(program.module()(*more), model(*more), 2e-5)
+
+
+def test_the_model_runs_on_fake_tensors(model, inputs):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = model(*(mode.from_tensor(value) for value in inputs))
+    assert out.shape == (3, 8, 8, 8)

@@ -1,0 +1,182 @@
+"""window_attention: values and every gradient, every odd shape, and what is refused."""
+
+import pytest
+import torch
+
+import reference
+from diffit_kernels.ops import window_attention
+from tests.parity import assert_close, assert_parity
+
+# name: (B, H, W, heads, head_dim, window)
+CASES = {
+    "global 16x16, head_dim 72": (2, 16, 16, 2, 72, (16, 16)),
+    "global 4x4": (3, 4, 4, 3, 32, (4, 4)),
+    "windows 4x4": (2, 8, 12, 2, 32, (4, 4)),
+    "windows 7x7, d 32": (1, 14, 7, 3, 32, (7, 7)),
+    "windows 8x8, d 64": (3, 16, 8, 1, 64, (8, 8)),
+    "windows 12x12": (1, 12, 24, 2, 32, (12, 12)),
+    "grid 20x20": (1, 20, 20, 1, 72, (20, 20)),
+    "not square": (2, 6, 20, 2, 8, (3, 5)),
+    "one row": (2, 1, 6, 1, 16, (1, 6)),
+    "2x2, head_dim 8": (5, 2, 2, 1, 8, (2, 2)),
+    "one token": (2, 3, 3, 2, 8, (1, 1)),
+    "head_dim 128": (1, 4, 4, 1, 128, (4, 4)),
+    "head_dim 4": (1, 4, 4, 2, 4, (2, 2)),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(case, *, time=True, bias=True, device="cpu"):
+    batch, height, width, heads, head_dim, (h, w) = CASES[case]
+    channels = heads * head_dim
+    qkv = torch.randn(batch, height, width, 3 * channels, device=device)
+    table = torch.randn((2 * h - 1) * (2 * w - 1), heads, device=device) if bias else None
+    temb = torch.randn(batch, 2 * channels, device=device) if time else None
+    return (qkv, table, temb), {"num_heads": heads, "window_size": (h, w)}
+
+
+def literal(qkv, table, temb, *, num_heads, window_size, scale=None):
+    """The oracle, which wants the time token whole: any key part will do, so a random one."""
+    if temb is not None:
+        q, v = temb.chunk(2, -1)
+        generator = torch.Generator().manual_seed(3)
+        k = torch.randn(q.shape, generator=generator).to(q)
+        temb = torch.cat((q, k, v), -1)
+    return reference.window_attention(qkv, temb, table, num_heads, window_size, scale)
+
+
+def fused(function_of):
+    return lambda qkv, table, temb: window_attention(qkv, table, temb, **function_of)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_parity(case, dtype, backend, device):
+    inputs, shape = make(case, device=device)
+    assert_parity(fused(shape), lambda *args: literal(*args, **shape), inputs, dtype)
+
+
+@pytest.mark.parametrize("time", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_time_token_and_bias_are_optional(time, bias, backend, device):
+    inputs, shape = make("windows 4x4", time=time, bias=bias, device=device)
+    assert_parity(fused(shape), lambda *args: literal(*args, **shape), inputs, torch.float32)
+
+
+def test_scale(backend, device):
+    inputs, shape = make("windows 4x4", device=device)
+    shape["scale"] = 0.7
+    assert_parity(fused(shape), lambda *args: literal(*args, **shape), inputs, torch.float32)
+
+
+def test_one_number_is_a_square_window(backend):
+    (qkv, table, temb), _ = make("windows 4x4")
+    square = window_attention(qkv, table, temb, num_heads=2, window_size=4)
+    assert torch.equal(square, window_attention(qkv, table, temb, num_heads=2, window_size=(4, 4)))
+
+
+def test_extreme_values(backend):
+    """Scores of ±1e4 and a bias of ±1e4: softmax must subtract the row's maximum."""
+    inputs, shape = make("global 4x4")
+    qkv, table, temb = (100 * t for t in inputs)
+    table = 100 * table
+    out = window_attention(qkv, table, temb, **shape)
+    expected = literal(qkv.double(), table.double(), temb.double(), **shape)
+    assert_close(out, expected, 1e-4)
+
+
+def test_empty_batch(backend):
+    (qkv, table, temb), shape = make("windows 4x4")
+    qkv, temb = qkv[:0].requires_grad_(), temb[:0].requires_grad_()
+    table.requires_grad_()
+    out = window_attention(qkv, table, temb, **shape)
+    assert out.shape == (0, 8, 12, 64)
+    out.sum().backward()
+    assert qkv.grad.shape == qkv.shape and temb.grad.shape == temb.shape
+    assert torch.equal(table.grad, torch.zeros_like(table))
+
+
+def test_strided_inputs(backend):
+    (qkv, table, temb), shape = make("windows 4x4")
+    expected = window_attention(qkv, table, temb, **shape)
+    strided = (
+        qkv.transpose(1, 2).contiguous().transpose(1, 2),
+        table.t().contiguous().t(),
+        temb.repeat(1, 2)[:, : temb.shape[1]],
+    )
+    assert all(not t.is_contiguous() for t in strided)
+    leaves = [t.requires_grad_() for t in strided]
+    out = window_attention(*leaves, **shape)
+    assert_close(out, expected, 1e-6)
+    out.transpose(1, 2).contiguous().square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in leaves)
+
+
+def test_results_repeat_bitwise(backend, device):
+    def run():
+        torch.manual_seed(0)
+        inputs, shape = make("global 16x16, head_dim 72", device=device)
+        leaves = [t.requires_grad_() for t in inputs]
+        out = window_attention(*leaves, **shape)
+        out.square().sum().backward()
+        return [out, *(t.grad for t in leaves)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_float32_table_beside_bfloat16_tokens(backend):
+    (qkv, table, temb), shape = make("windows 4x4")
+    qkv = qkv.bfloat16().requires_grad_()
+    table.requires_grad_()
+    out = window_attention(qkv, table, temb, **shape)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert table.grad.dtype == torch.float32 and qkv.grad.dtype == torch.bfloat16
+
+
+def test_autocast(backend, device):
+    inputs, shape = make("windows 4x4", device=device)
+    leaves = [t.requires_grad_() for t in inputs]
+    with torch.autocast(device, torch.bfloat16):
+        out = window_attention(*leaves, **shape)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in leaves)
+    assert_close(out, literal(*inputs, **shape), 2e-2)
+
+
+ERRORS = {
+    "qkv must have 4 dimensions": (ValueError, {"qkv": torch.zeros(2, 16, 192)}),
+    "qkv must be bfloat16 or float16 or float32 or float64, got torch.int64": (
+        TypeError,
+        {"qkv": torch.zeros(2, 8, 12, 192, dtype=torch.int64)},
+    ),
+    "qkv must be a tensor, got list": (TypeError, {"qkv": [1.0]}),
+    r"window_size must divide the token grid: got window \(5, 4\) for the grid \(8, 12\)": (
+        ValueError,
+        {"window_size": (5, 4)},
+    ),
+    r"got window \(0, 4\)": (ValueError, {"window_size": (0, 4)}),
+    r"3 · num_heads · head_dim, got 192 for num_heads=5": (ValueError, {"num_heads": 5}),
+    r"relative_position_bias_table must have shape \(49, 2\), got \(48, 2\)": (
+        ValueError,
+        {"relative_position_bias_table": torch.zeros(48, 2)},
+    ),
+    r"temb must have shape \(2, 128\), got \(2, 192\)": (ValueError, {"temb": torch.zeros(2, 192)}),
+    "temb must be float32, got torch.float64": (
+        TypeError,
+        {"temb": torch.zeros(2, 128, dtype=torch.float64)},
+    ),
+    "temb must be on cpu, got meta": (ValueError, {"temb": torch.zeros(2, 128, device="meta")}),
+    "backend must be one of": (ValueError, {"backend": "cuda"}),
+    "backend 'triton' cannot run this on cpu": (NotImplementedError, {"backend": "triton"}),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_rule_and_value(message):
+    (qkv, table, temb), shape = make("windows 4x4")
+    kind, change = ERRORS[message]
+    arguments = {"qkv": qkv, "relative_position_bias_table": table, "temb": temb} | shape | change
+    with pytest.raises(kind, match=message):
+        window_attention(**arguments)
