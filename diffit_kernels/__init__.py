@@ -5,10 +5,10 @@ from diffit_kernels.dispatch import use_backend
 from diffit_kernels.model import DiffiT, Diffit
 from diffit_kernels.ops import adaln, mlp, time_projection, time_projections, window_attention
 from diffit_kernels.patch import patch, unpatch
-
-__version__ = "0.1.0"
+from diffit_kernels.version import __version__
 
 __all__ = [
+    "__version__",
     "DiffiT",
     "Diffit",
     "from_pretrained",

@@ -22,6 +22,7 @@ PREFIXES = ("module.", "_orig_mod.")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHOWN_KEYS = 8
+DIGITS = Path(__file__).parent / "checkpoints" / "digits.safetensors"
 
 # What decides the configuration; a file without one of these is no latent DiffiT.
 LANDMARKS = {
@@ -47,9 +48,10 @@ def from_pretrained(
 
     Args:
         path_or_hub_id: a ``.safetensors`` file or one that ``torch.save`` wrote; a folder with
-            such a file; or a hub id such as ``"nvidia/DiffiT"`` (needs the ``hub`` extra). The
-            tensors may lie bare or under "ema", "model" or "state_dict" (looked for in this order),
-            with the prefixes "module." and "_orig_mod.".
+            such a file; a hub id such as ``"nvidia/DiffiT"`` (needs the ``hub`` extra); or
+            ``"digits"``, the small model that comes with the package. The tensors may lie bare or
+            under "ema", "model" or "state_dict" (looked for in this order), with the prefixes
+            "module." and "_orig_mod.".
         filename: which file of the folder or repository; needed where there are several.
         use_fused_tmsa, backend: as for :class:`~diffit_kernels.model.DiffiT`.
         device: where to put the model; default the CPU.
@@ -83,9 +85,22 @@ def from_pretrained(
     return model.eval()
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for other files."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
 def resolve(path_or_hub_id: str | os.PathLike, filename: str | None = None) -> Path:
     """The checkpoint file that the arguments of :func:`from_pretrained` name."""
     path = Path(path_or_hub_id)
+    if path_or_hub_id == "digits" and not path.exists():
+        return DIGITS
     if path.is_dir():
         names = [p.name for p in sorted(path.iterdir()) if p.suffix in SUFFIXES]
         return path / _choose(names, filename, f"folder {path}")

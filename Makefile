@@ -1,0 +1,36 @@
+# Two commands: `make demo` and `make test`. Both set up their own virtual environment first.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned, and installed before anything that depends on it: no other package chooses a torch.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(READY)
+	$(BIN)/diffit-kernels demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks
+
+$(READY): pyproject.toml setup.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -1,0 +1,74 @@
+"""What this installation can run: versions, devices, and for each op which backend and why."""
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+import diffit_kernels
+from diffit_kernels.dispatch import BACKENDS, PREFERENCE, REGISTRY
+
+PACKAGES = ("triton", "diffusers", "safetensors", "huggingface_hub", "numpy")
+
+
+def info() -> str:
+    """The text of ``diffit-kernels info``."""
+    return "\n".join([*_versions(), "", *_devices(), "", *_ops()])
+
+
+def _versions() -> list[str]:
+    lines = [
+        f"diffit-kernels {diffit_kernels.__version__}",
+        f"python {platform.python_version()} on {sys.platform}, torch {torch.__version__}"
+        f" (CUDA {torch.version.cuda or 'none'})",
+    ]
+    return lines + [f"{name} {_version(name)}" for name in PACKAGES]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines = [f"cpu: {capability}, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        lines.append(
+            f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{memory:.0f} GiB"
+        )
+    return lines if len(lines) > 1 else [*lines, "cuda: no device"]
+
+
+def _ops() -> list[str]:
+    """One line per op and device: the backend that runs by default; below, why the others do not.
+
+    Reasons that depend on shape or dtype are given when a call meets them.
+    """
+    lines = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        order = PREFERENCE[device]
+        lines.append(f"on {device}, in order of preference: {', '.join(order)}")
+        for name, op in REGISTRY.items():
+            built = [backend for backend in order if op.is_built(backend)]
+            lines.append(f"  {name:<18} runs on {built[0]}")
+            lines += [
+                f"  {'':<18}   not {backend}: {_reason(op, backend, device)}"
+                for backend in BACKENDS
+                if backend != built[0]
+            ]
+    return lines
+
+
+def _reason(op, backend: str, device: str) -> str:
+    if not op.is_built(backend):
+        return op.refusal(backend)
+    if backend not in PREFERENCE[device]:
+        return f"not for {device}"
+    return "built; a slower choice here"

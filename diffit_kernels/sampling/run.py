@@ -1,0 +1,241 @@
+"""A sampling run on disk: shards that survive an interruption, the evaluator's .npz, a picture.
+
+A run is a folder: ``run.json`` says what decides its samples; ``shards/`` holds finished batches of
+latents, labels and, with a decoder, images. Every file is written aside and renamed, so what is
+there is whole. Started again, the run computes what is missing and nothing else.
+"""
+
+import functools
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffit_kernels.model import DiffiT
+from diffit_kernels.sampling.decode import Decoder
+from diffit_kernels.sampling.denoise import denoise, initial_noise, sample_generator
+
+GRID_SIDE = 8  # pictures in a row of the overview
+GRID_PIXELS = 64  # pictures smaller than this are enlarged to about it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the samples of a run; a folder holds samples of one such setting only."""
+
+    checkpoint: str  # sha256 of the file
+    num_sampling_steps: int
+    cfg_scale: float | None
+    scale_pow: float
+    use_ddim: bool
+    seed: int
+    dtype: str
+    classes: tuple[int, ...]  # taken in turn; drawn for each sample if empty
+
+
+class SamplingRun:
+    """Samples 0 .. num_samples-1 of ``settings`` in ``folder``.
+
+    Sample i depends on the settings and i alone, not on the batch or process it was computed in,
+    up to the rounding of products of another shape.
+
+    Raises:
+        ValueError: the folder holds samples of other settings; the message names the differences.
+    """
+
+    def __init__(self, folder: Path, settings: Settings):
+        self.folder, self.settings = Path(folder), settings
+        self.shards = self.folder / "shards"
+        self.shards.mkdir(parents=True, exist_ok=True)
+        wanted = json.loads(json.dumps(asdict(settings)))
+        record = self.folder / "run.json"
+        if not record.exists():
+            with written_aside(record) as file:
+                file.write(json.dumps(wanted, indent=1).encode())
+        found = json.loads(record.read_text())
+        if found != wanted:
+            keys = [key for key in wanted if found.get(key) != wanted[key]]
+            listing = "; ".join(f"{k} was {found.get(k)}, is now {wanted[k]}" for k in keys)
+            raise ValueError(
+                f"{self.folder} holds samples of another run: {listing}. "
+                "Take another --log_dir, or the old settings to resume."
+            )
+
+    def label_and_generator(self, index: int, num_classes: int) -> tuple[int, torch.Generator]:
+        """The class of a sample and its random numbers."""
+        generator = sample_generator(self.settings.seed, index)
+        drawn = int(torch.randint(num_classes, (1,), generator=generator))
+        classes = self.settings.classes
+        return (classes[index % len(classes)] if classes else drawn), generator
+
+    def missing(self, num_samples: int) -> list[int]:
+        """Indices below ``num_samples`` that no shard holds."""
+        done = {index for path in self._paths() for index in _span(path)}
+        return [index for index in range(num_samples) if index not in done]
+
+    def sample(
+        self,
+        model: DiffiT,
+        num_samples: int,
+        batch_size: int,
+        decoder: Decoder | None,
+        on_step: Callable[[int], None] = lambda samples: None,
+    ) -> None:
+        """Compute and store what is missing, in batches of consecutive samples.
+
+        ``on_step`` is called after every step with the number of samples in the batch.
+        """
+        for indices in _runs(self.missing(num_samples), batch_size):
+            pairs = [self.label_and_generator(index, model.num_classes) for index in indices]
+            labels, generators = zip(*pairs, strict=True)
+            labels = torch.tensor(labels, device=model.pos_embed.device)
+            latents = denoise(
+                model,
+                initial_noise(model, generators),
+                labels,
+                num_steps=self.settings.num_sampling_steps,
+                cfg_scale=self.settings.cfg_scale,
+                scale_pow=self.settings.scale_pow,
+                use_ddim=self.settings.use_ddim,
+                generators=generators,
+                on_step=functools.partial(on_step, len(indices)),
+            )
+            self._store(indices, latents, labels, decoder)
+
+    def decode_stored(self, decoder: Decoder) -> None:
+        """Give images to the shards that were stored without a decoder."""
+        for path in self._paths():
+            shard = _read(path)
+            if "images" not in shard:
+                latents = torch.from_numpy(shard["latents"])
+                self._store(_span(path), latents, torch.from_numpy(shard["labels"]), decoder)
+
+    def assemble(self, num_samples: int, key: str) -> Path:
+        """Write ``samples_NxHxWx3.npz`` (or ``latents_…``): arr_0 the data, arr_1 the labels.
+
+        The file is what the guided-diffusion evaluator reads. One shard is in memory at a time.
+        """
+        shape, dtype = self._layout(key)
+        stem = "samples" if key == "images" else "latents"
+        path = self.folder / f"{stem}_{'x'.join(map(str, (num_samples, *shape)))}.npz"
+        with written_aside(path) as file, zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+                _write_header(entry, (num_samples, *shape), dtype)
+                for shard in self._in_order(num_samples, key):
+                    entry.write(np.ascontiguousarray(shard).tobytes())
+            with archive.open("arr_1.npy", "w", force_zip64=True) as entry:
+                labels = np.concatenate(list(self._in_order(num_samples, "labels")))
+                np.save(entry, labels)
+        return path
+
+    def grid(self, num_samples: int) -> Path:
+        """Write ``grid.png``, the first samples in rows of :data:`GRID_SIDE`."""
+        count = min(num_samples, GRID_SIDE * GRID_SIDE)
+        images = np.concatenate(list(self._in_order(count, "images")))
+        path = self.folder / "grid.png"
+        with written_aside(path) as file:
+            picture_grid(images, GRID_SIDE).save(file, "PNG")
+        return path
+
+    def _store(self, indices: Sequence[int], latents, labels, decoder: Decoder | None) -> None:
+        arrays = {"latents": latents.float().cpu().numpy(), "labels": labels.cpu().numpy()}
+        if decoder is not None:
+            arrays["images"] = decoder(latents)
+        name = f"{indices[0]:08d}-{indices[-1] + 1:08d}.npz"
+        with written_aside(self.shards / name) as file:
+            np.savez(file, **arrays)
+
+    def _paths(self) -> list[Path]:
+        """Shards in order; those cut short are removed, so that they count as missing."""
+        paths = sorted(self.shards.glob("????????-????????.npz"))
+        for path in list(paths):
+            if not zipfile.is_zipfile(path):
+                path.unlink()
+                paths.remove(path)
+        return paths
+
+    def _in_order(self, num_samples: int, key: str) -> Iterator[np.ndarray]:
+        """The samples' arrays shard by shard; overlapping shards give each sample once."""
+        next_index = 0
+        for path in self._paths():
+            span = _span(path)
+            if next_index in span and next_index < num_samples:
+                last = min(span.stop, num_samples)
+                yield _read(path)[key][next_index - span.start : last - span.start]
+                next_index = last
+        if next_index < num_samples:
+            raise AssertionError(f"sample {next_index} is in no shard")
+
+    def _layout(self, key: str) -> tuple[tuple[int, ...], np.dtype]:
+        array = _read(self._paths()[0])[key]
+        return array.shape[1:], array.dtype
+
+
+def picture_grid(images: np.ndarray, columns: int):
+    """(N, H, W, 3) uint8 -> a PIL image of them in rows, small ones enlarged by whole pixels."""
+    from PIL import Image
+
+    factor = max(1, GRID_PIXELS // images.shape[1])
+    images = images.repeat(factor, 1).repeat(factor, 2)
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = image
+    return Image.fromarray(sheet)
+
+
+@contextmanager
+def written_aside(path: Path):
+    """A binary file that appears at ``path`` complete and synced, or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _runs(indices: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Consecutive stretches of ``indices``, at most ``batch_size`` long."""
+    batch: list[int] = []
+    for index in indices:
+        if batch and (len(batch) == batch_size or index != batch[-1] + 1):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _span(path: Path) -> range:
+    start, stop = path.stem.split("-")
+    return range(int(start), int(stop))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+        path.unlink()
+        raise ValueError(
+            f"{path} was damaged ({error}) and is removed; the same command computes it again"
+        ) from error
+
+
+def _write_header(entry, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    description = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": description, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(entry, header)
