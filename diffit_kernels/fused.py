@@ -21,7 +21,7 @@ def block(module: nn.Module, x: Tensor, temb: Tensor, *, backend: str | None) ->
     5 reads and 4 writes. x: (B, N, C); temb: (B, C). Returns (B, N, C).
     """
     attended = module.attn(norm(module.norm1, x, backend=backend), temb)
-    if _is_bare(module.norm2, nn.LayerNorm) and attended.dtype == x.dtype:
+    if _is_bare(module.norm2, nn.LayerNorm):
         x, h = adaln(x, y=attended, **_affine(module.norm2), backend=backend)
     else:
         x = x + attended

@@ -98,6 +98,37 @@ def test_results_repeat_bitwise(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
+@pytest.mark.parametrize("wide, narrow", [(0, 1), (1, 0)])
+def test_mixed_dtypes_as_under_autocast(wide, narrow, backend):
+    """Residual in float32 with branch and modulations in bfloat16, and the other way round."""
+    dtypes = torch.float32, torch.bfloat16
+    inputs = [t.bfloat16().to(dtypes[wide]).requires_grad_() for t in make((2, 3, 24))]
+    for i in (1, 2, 3, 4):
+        inputs[i] = inputs[i].detach().to(dtypes[narrow]).requires_grad_()
+    if wide:
+        inputs[5:] = (t.detach().float().requires_grad_() for t in inputs[5:])
+    outputs = fused(*inputs)
+    assert all(out.dtype == inputs[0].dtype for out in outputs)
+    torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+    truth = [t.detach().double().requires_grad_() for t in inputs]
+    expected = literal(*truth)
+    torch.autograd.backward(expected, [torch.ones_like(out) for out in expected])
+    for out, true in zip(outputs, expected, strict=True):
+        assert_close(out, true, 2e-2 if wide else 1e-6)
+    for leaf, true in zip(inputs, truth, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert_close(
+            leaf.grad, true.grad, 1e-6 if leaf.dtype == torch.float32 and not wide else 2e-2
+        )
+
+
+def test_mixed_dtypes_without_a_gate(backend):
+    x, y = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8).bfloat16()
+    y.requires_grad_()
+    adaln(x, y=y)[0].sum().backward()
+    assert y.grad.dtype == torch.bfloat16 and torch.equal(y.grad, torch.ones_like(y))
+
+
 ERRORS = {
     "x must have 3 dimensions": (ValueError, {"x": torch.zeros(2, 8)}),
     "gate scales y, but y is None": (ValueError, {"y": None}),
@@ -108,9 +139,9 @@ ERRORS = {
         {"scale": torch.zeros(2, 4, 8)},
     ),
     r"weight must have shape \(8\), got \(9\,\)": (ValueError, {"weight": torch.zeros(9)}),
-    "y must be float32, got torch.bfloat16": (
+    "y must be bfloat16 or float16 or float32, got torch.float64": (
         TypeError,
-        {"y": torch.zeros(2, 3, 8, dtype=torch.bfloat16)},
+        {"y": torch.zeros(2, 3, 8, dtype=torch.float64)},
     ),
     "backend 'native' cannot run this": (NotImplementedError, {"backend": "native"}),
 }

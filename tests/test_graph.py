@@ -82,16 +82,20 @@ def inputs():
 
 
 def test_the_model_compiles_whole_with_gradients(model, inputs):
+    """In float64, where the order of summation does not matter; and at t = 0, where the timestep's
+    features, float32 by definition, are exact."""
+    model.double()
+    inputs = inputs[0].double(), torch.zeros(3), inputs[2]
     expected = model(*inputs)
     expected.square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     out = torch.compile(model, fullgraph=True)(*inputs)
-    assert_close(out, expected, 2e-5)
+    assert_close(out, expected, 1e-12)
     out.square().sum().backward()
     for name, p in model.named_parameters():
         if p.requires_grad:
-            assert_close(p.grad, gradients[name], 2e-5, name)
+            assert_close(p.grad, gradients[name], 1e-11, name)
 
 
 def test_toggling_reaches_compiled_code(model, inputs):

@@ -6,11 +6,14 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_tensor(op: str, name: str, value: object, *shape: int | None, like: Tensor) -> None:
+def check_tensor(
+    op: str, name: str, value: object, *shape: int | None, like: Tensor, narrower: bool = False
+) -> None:
     """Check that ``value`` is a tensor of ``shape`` (None: any length) on the device of ``like``.
 
-    Its dtype must be that of ``like``, or float32 beside a half-precision ``like``: parameters and
-    modulations may be kept in more precision than activations.
+    Its dtype must be that of ``like``, or float32 beside a half-precision ``like``: parameters may
+    be kept in more precision than activations. With ``narrower``, half precision beside float32
+    too: what autocast's products give.
 
     Raises:
         TypeError: not a tensor, or not of an accepted dtype.
@@ -19,6 +22,8 @@ def check_tensor(op: str, name: str, value: object, *shape: int | None, like: Te
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     wanted = {like.dtype} | ({torch.float32} if like.dtype.itemsize == 2 else set())
+    if narrower and like.dtype != torch.float64:
+        wanted = set(FLOAT_DTYPES[1:])
     if value.dtype not in wanted:
         raise TypeError(f"{op}: {name} must be {_names(wanted)}, got {value.dtype}")
     if value.device != like.device:

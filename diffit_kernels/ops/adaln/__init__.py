@@ -30,10 +30,11 @@ def adaln(
 
     Args:
         x: (B, N, C), the residual stream; float64, float32, bfloat16 or float16.
-        shift, scale: (B, C) per sample or (B, N, C) per token, or None; dtype of ``x`` or float32.
-        y: (B, N, C) in the dtype of ``x``, the branch to add first, or None.
-        gate: like ``shift``; needs ``y``.
-        weight, bias: (C,), the LayerNorm's affine parameters, or None.
+        shift, scale: (B, C) per sample or (B, N, C) per token, or None.
+        y: (B, N, C), the branch to add first, or None.
+        gate: like ``shift``; needs ``y``. These four may be of another dtype than ``x``, as under
+            autocast: float32, bfloat16 or float16 unless ``x`` is float64.
+        weight, bias: (C,), the LayerNorm's affine parameters, or None; dtype of ``x`` or float32.
         eps: added to the variance, >= 0.
         backend: see :mod:`diffit_kernels.dispatch`.
 
@@ -49,9 +50,7 @@ def adaln(
     check_activation(op, "x", x, "B N C")
     batch, tokens, channels = x.shape
     if y is not None:
-        check_tensor(op, "y", y, batch, tokens, channels, like=x)
-        if y.dtype != x.dtype:
-            y = y.to(x.dtype)
+        check_tensor(op, "y", y, batch, tokens, channels, like=x, narrower=True)
     elif gate is not None:
         raise ValueError(f"{op}: gate scales y, but y is None")
     if eps < 0:
@@ -74,9 +73,9 @@ def _per_token(op: str, name: str, value: Tensor | None, x: Tensor) -> Tensor | 
         return None
     batch, tokens, channels = x.shape
     if isinstance(value, Tensor) and value.dim() == 3:
-        check_tensor(op, name, value, batch, tokens, channels, like=x)
+        check_tensor(op, name, value, batch, tokens, channels, like=x, narrower=True)
         return value
-    check_tensor(op, name, value, batch, channels, like=x)
+    check_tensor(op, name, value, batch, channels, like=x, narrower=True)
     return value[:, None]
 
 
@@ -101,8 +100,8 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     residual = x if y is None else residual
+    ctx.y_dtype = None if y is None else y.dtype
     y = y if gate is not None else None  # without a gate, y's gradient is x's
-    ctx.has_y = inputs[1] is not None
     ctx.save_for_backward(residual, y, gate, shift, scale, weight, bias, mean, rstd)
 
 
@@ -111,12 +110,12 @@ def _backward(op, ctx, grad_out, grad_residual, _mean, _rstd):
     inputs = (y, gate, shift, scale, weight, bias)
     if grad_out is None:
         grad_out = torch.zeros_like(residual)
-    if not ctx.has_y:  # then the residual result was empty, and so is its gradient, if any
+    if ctx.y_dtype is None:  # then the residual result was empty, and so is its gradient, if any
         grad_residual = None
     dx, *grads = op(grad_out, grad_residual, residual, *inputs, mean, rstd)
     dy, *others = (None if t is None else grad for t, grad in zip(inputs, grads, strict=True))
-    if ctx.has_y and dy is None:
-        dy = dx
+    if ctx.y_dtype is not None and dy is None:
+        dy = dx.to(ctx.y_dtype)
     return dx, dy, *others, None
 
 

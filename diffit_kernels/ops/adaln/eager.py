@@ -8,7 +8,9 @@ from diffit_kernels.ops.checks import accumulation_dtype
 
 
 def forward(x, y, gate, shift, scale, weight, bias, eps):
-    residual = x if y is None else x + (y if gate is None else gate * y).to(x.dtype)
+    if y is not None and gate is not None:
+        y = _widened(gate, x) * y
+    residual = x if y is None else (x + y).to(x.dtype)
     dtype = accumulation_dtype(x.dtype)
     wide = residual.to(dtype)
     mean = wide.mean(-1)
@@ -16,7 +18,7 @@ def forward(x, y, gate, shift, scale, weight, bias, eps):
     affine = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     out = F.layer_norm(residual, x.shape[-1:], *affine, eps)
     if scale is not None:
-        out = out * (1 + scale)
+        out = out * (1 + _widened(scale, x))
     if shift is not None:
         out = out + shift
     saved = x.new_empty(0) if y is None else residual
@@ -55,6 +57,11 @@ def backward(grad_out, grad_residual, residual, y, gate, shift, scale, weight, b
     if bias is not None:
         dbias = modulated.sum((0, 1)).to(bias.dtype)
     return dx.to(residual.dtype), dy, dgate, dshift, dscale, dweight, dbias
+
+
+def _widened(modulation: Tensor, x: Tensor) -> Tensor:
+    """In the wider of the two dtypes, so that no half-precision factor rounds a float32 stream."""
+    return modulation.to(torch.promote_types(modulation.dtype, x.dtype))
 
 
 def _sum_to(grad: Tensor, like: Tensor) -> Tensor:
