@@ -14,7 +14,7 @@ PACKAGES = ("triton", "diffusers", "safetensors", "huggingface_hub", "numpy")
 
 def info() -> str:
     """The text of ``diffit-kernels info``."""
-    return "\n".join([*_versions(), "", *_devices(), "", *_ops()])
+    return "\n".join([*_versions(), "", *_devices(), "", *_backends(), "", *_ops()])
 
 
 def _versions() -> list[str]:
@@ -44,6 +44,14 @@ def _devices() -> list[str]:
             f"{memory:.0f} GiB"
         )
     return lines if len(lines) > 1 else [*lines, "cuda: no device"]
+
+
+def _backends() -> list[str]:
+    lines = []
+    for backend in BACKENDS:
+        built = [name for name, op in REGISTRY.items() if op.is_built(backend)]
+        lines.append(f"backend {backend:<6} built for: {', '.join(built) or 'nothing'}")
+    return lines
 
 
 def _ops() -> list[str]:

@@ -1,7 +1,10 @@
-"""window_attention in PyTorch, any device: SDPA with the expanded bias, gradients written out.
+"""window_attention in PyTorch, any device, with its gradients written out.
 
-Nothing quadratic outlives a call: the backward recomputes the probabilities.
+A few heads at a time, so that what is quadratic stays about the size of a cache: on a CPU fresh
+pages for all heads' scores would cost more than the arithmetic. Nothing quadratic outlives a call.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +12,22 @@ from torch import Tensor
 
 from diffit_kernels.ops.checks import accumulation_dtype
 
+SCORES_AT_A_TIME = 1 << 20
+
 
 def forward(qkv, temb, relative_position_bias_table, num_heads, window_size, scale):
-    q, k, v = _windows(qkv, 3, num_heads, window_size).unbind(0)
-    q_time, v_time = _time_parts(temb, q, num_heads)
-    bias = _expand_bias(relative_position_bias_table, window_size)
-    if bias is not None:
-        bias = bias.to(q.dtype)[None]
-    out = F.scaled_dot_product_attention(q + q_time, k, v, attn_mask=bias, scale=scale) + v_time
-    return _grid(out[None], qkv.shape, window_size), qkv.new_empty(0)
+    out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+    windows_out = _windows(out, 1, num_heads, window_size)[0]
+    windows = _windows(qkv, 3, num_heads, window_size)
+    times = _time_parts(temb, qkv, num_heads)
+    for heads in _head_groups(windows):
+        q, k, v = _flat(windows[:, :, :, :, heads]).unbind(0)
+        q_time, v_time = _of_heads(times, heads, q)
+        bias = _expand_bias(relative_position_bias_table, heads, window_size)
+        probs = _probabilities(q + q_time, k, bias, scale).to(v.dtype)
+        target = windows_out[:, :, :, heads]
+        target.copy_((probs @ v + v_time).view(target.shape))
+    return out, qkv.new_empty(0)
 
 
 def backward(
@@ -29,66 +39,88 @@ def backward(
     dq = scale · dS k    dk = scale · dSᵀ q
     dq_t = Σ_tokens dq    dv_t = Σ_tokens dO    dtable = dS summed over windows, by offset
     """
-    dtype = accumulation_dtype(qkv.dtype)
-    q, k, v = _windows(qkv, 3, num_heads, window_size).unbind(0)
-    q = q + _time_parts(temb, q, num_heads)[0]
-    bias = _expand_bias(relative_position_bias_table, window_size)
-    scores = (q @ k.mT).to(dtype) * scale
-    if bias is not None:
-        scores += bias.to(dtype)
-    probs = scores.softmax(-1)
-    dout = _windows(grad_out, 1, num_heads, window_size)[0]
-    dv = probs.to(q.dtype).mT @ dout
-    dprobs = (dout @ v.mT).to(dtype)
-    dscores = probs * (dprobs - (probs * dprobs).sum(-1, keepdim=True))
-    dscores_low = dscores.to(q.dtype)
-    dq = scale * (dscores_low @ k)
-    dk = scale * (dscores_low.mT @ q)
-    dqkv = _grid(torch.stack((dq, dk, dv)), qkv.shape, window_size)
+    dqkv = qkv.new_empty(qkv.shape)
+    windows_dqkv = _windows(dqkv, 3, num_heads, window_size)
+    windows = _windows(qkv, 3, num_heads, window_size)
+    windows_dout = _windows(grad_out, 1, num_heads, window_size)
+    times = _time_parts(temb, qkv, num_heads)
+    dtable = []
+    for heads in _head_groups(windows):
+        q, k, v = _flat(windows[:, :, :, :, heads]).unbind(0)
+        dout = _flat(windows_dout[:, :, :, :, heads])[0]
+        q = q + _of_heads(times, heads, q)[0]
+        bias = _expand_bias(relative_position_bias_table, heads, window_size)
+        probs = _probabilities(q, k, bias, scale)
+        dprobs = (dout @ v.mT).to(probs.dtype)
+        dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+        if bias is not None:
+            dtable.append(_reduce_bias(dscores.sum(0), window_size))
+        dscores, probs = dscores.to(q.dtype), probs.to(q.dtype)
+        grads = scale * (dscores @ k), scale * (dscores.mT @ q), probs.mT @ dout
+        for target, grad in zip(windows_dqkv[:, :, :, :, heads], grads, strict=True):
+            target.copy_(grad.view(target.shape))
 
-    dtemb = dtable = qkv.new_empty(0)
+    dtemb = qkv.new_empty(0)
     if temb is not None:
+        dtype = accumulation_dtype(qkv.dtype)
         dq_time = dqkv.unflatten(-1, (3, -1))[..., 0, :].sum((1, 2), dtype=dtype)
         dv_time = grad_out.sum((1, 2), dtype=dtype)
         dtemb = torch.cat((dq_time, dv_time), 1).to(temb.dtype)
-    if relative_position_bias_table is not None:
-        dtable = _reduce_bias(dscores.sum(0), window_size).to(relative_position_bias_table.dtype)
-    return dqkv, dtemb, dtable
+    if relative_position_bias_table is None:
+        return dqkv, dtemb, qkv.new_empty(0)
+    return dqkv, dtemb, torch.cat(dtable, 1).to(relative_position_bias_table.dtype)
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ + bias) in the accumulation dtype: (B·windows, heads, L, L)."""
+    scores = (q @ k.mT).mul_(scale)
+    if bias is not None:
+        scores = scores.add_(bias) if bias.dtype == scores.dtype else scores + bias
+    return scores.softmax(-1, dtype=accumulation_dtype(q.dtype))
 
 
 def _windows(packed: Tensor, parts: int, num_heads: int, window_size: list[int]) -> Tensor:
-    """(B, H, W, parts·C) -> (parts, B·windows, nH, L, d); a view where the window is the grid."""
+    """(B, H, W, parts·C) -> the view (parts, B, windows down, windows across, nH, h, w, d)."""
     batch, height, width, channels = packed.shape
     h, w = window_size
-    x = packed.reshape(
+    split = packed.view(
         batch, height // h, h, width // w, w, parts, num_heads, channels // (parts * num_heads)
     )
-    x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)
-    return x.reshape(parts, -1, num_heads, h * w, x.shape[-1])
+    return split.permute(5, 0, 1, 3, 6, 2, 4, 7)
 
 
-def _grid(windows: Tensor, shape: torch.Size, window_size: list[int]) -> Tensor:
-    """(parts, B·windows, nH, L, d) -> (B, H, W, parts·C), the inverse of :func:`_windows`."""
-    batch, height, width, _ = shape
-    h, w = window_size
-    parts, _, num_heads, _, head_dim = windows.shape
-    x = windows.reshape(parts, batch, height // h, width // w, num_heads, h, w, head_dim)
-    x = x.permute(1, 2, 5, 3, 6, 0, 4, 7)
-    return x.reshape(batch, height, width, parts * num_heads * head_dim)
+def _flat(windows: Tensor) -> Tensor:
+    """(parts, B, down, across, nH, h, w, d) -> (parts, B·windows, nH, L, d)."""
+    return windows.flatten(5, 6).flatten(1, 3)
 
 
-def _time_parts(temb: Tensor | None, q: Tensor, num_heads: int) -> tuple[Tensor | float, ...]:
-    """The time token's q and v parts, (B·windows, nH, 1, d) each; zeros where there is no token."""
+def _head_groups(windows: Tensor) -> Iterator[slice]:
+    """Slices of the heads with about :data:`SCORES_AT_A_TIME` scores each, at least one head."""
+    _, batch, down, across, num_heads, h, w, _ = windows.shape
+    scores_of_a_head = batch * down * across * (h * w) ** 2
+    size = max(1, SCORES_AT_A_TIME // max(scores_of_a_head, 1))
+    return (slice(start, start + size) for start in range(0, num_heads, size))
+
+
+def _time_parts(temb: Tensor | None, qkv: Tensor, num_heads: int) -> Tensor | None:
+    """temb (B, 2C) -> (2, B, nH, 1, d) in the dtype of ``qkv``: the q part, then the v part."""
     if temb is None:
+        return None
+    batch, channels = qkv.shape[0], qkv.shape[-1] // 3
+    parts = temb.to(qkv.dtype).reshape(batch, 2, num_heads, 1, channels // num_heads)
+    return parts.transpose(0, 1)
+
+
+def _of_heads(times: Tensor | None, heads: slice, q: Tensor) -> Tensor | tuple[float, float]:
+    """(2, B·windows, heads, 1, d): every window has its sample's parts; zeros without a token."""
+    if times is None:
         return 0.0, 0.0
-    batch, head_dim = temb.shape[0], q.shape[-1]
-    parts = temb.to(q.dtype).reshape(batch, 2, num_heads, 1, head_dim).unbind(1)
-    windows = q.shape[0] // max(batch, 1)
-    return tuple(part.repeat_interleave(windows, 0) for part in parts)
+    times = times[:, :, heads]
+    return times.repeat_interleave(q.shape[0] // max(times.shape[1], 1), 1)
 
 
-def _expand_bias(table: Tensor | None, window_size: list[int]) -> Tensor | None:
-    """Table ((2h-1)(2w-1), nH) -> bias (nH, L, L) without an index.
+def _expand_bias(table: Tensor | None, heads: slice, window_size: list[int]) -> Tensor | None:
+    """Table ((2h-1)(2w-1), nH) -> bias of some heads (heads, L, L), without an index.
 
     The bias depends on (y_i - y_j, x_i - x_j) alone: row (y_i, x_i) of it is an h × w box of the
     flipped table, so the whole is the table's sliding windows in reverse order.
@@ -96,7 +128,8 @@ def _expand_bias(table: Tensor | None, window_size: list[int]) -> Tensor | None:
     if table is None:
         return None
     h, w = window_size
-    boxes = table.t().reshape(-1, 2 * h - 1, 2 * w - 1).flip(1, 2).unfold(1, h, 1).unfold(2, w, 1)
+    flipped = table[:, heads].t().reshape(-1, 2 * h - 1, 2 * w - 1).flip(1, 2)
+    boxes = flipped.unfold(1, h, 1).unfold(2, w, 1)
     return boxes.flip(1, 2).reshape(-1, h * w, h * w)
 
 
