@@ -61,7 +61,7 @@ def test_demo_draws_and_reports(tmp_path, capsys):
     from PIL import Image
 
     pixels = np.asarray(Image.open(picture))
-    assert pixels.shape == (640, 640, 3) and pixels.std() > 30
+    assert pixels.shape == (684, 684, 3) and pixels.std() > 30
     report = capsys.readouterr().out
     differences = [float(x) for x in re.findall(r"largest difference (\S+) of", report)]
     assert len(differences) == 2 and max(differences) < 2e-5

@@ -24,6 +24,7 @@ from diffit_kernels.sampling.denoise import denoise, initial_noise, sample_gener
 
 GRID_SIDE = 8  # pictures in a row of the overview
 GRID_PIXELS = 64  # pictures smaller than this are enlarged to about it
+GRID_GAP = 4
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,14 @@ def picture_grid(images: np.ndarray, columns: int):
     images = images.repeat(factor, 1).repeat(factor, 2)
     n, height, width, _ = images.shape
     rows = -(-n // columns)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    step_y, step_x = height + GRID_GAP, width + GRID_GAP
+    sheet = np.full((rows * step_y + GRID_GAP, columns * step_x + GRID_GAP, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        y, x = divmod(i, columns)
-        sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = image
+        y, x = (
+            GRID_GAP + j * step
+            for j, step in zip(divmod(i, columns), (step_y, step_x), strict=True)
+        )
+        sheet[y : y + height, x : x + width] = image
     return Image.fromarray(sheet)
 
 
