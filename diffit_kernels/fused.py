@@ -42,7 +42,7 @@ def attention(module: nn.Module, x: Tensor, temb: Tensor | None, *, backend: str
             f"attention: x must have {height * width} tokens, a {height} x {width} window, "
             f"got {tokens}"
         )
-    qkv = module.qkv(x).view(batch, height, width, -1)
+    qkv = module.qkv(x).reshape(batch, height, width, 3 * channels)
     time_parts = None if temb is None else _time_parts(module.qkv_temb, temb, backend)
     out = window_attention(
         qkv,

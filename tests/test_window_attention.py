@@ -163,7 +163,7 @@ ERRORS = {
         {"relative_position_bias_table": torch.zeros(48, 2)},
     ),
     r"temb must have shape \(2, 128\), got \(2, 192\)": (ValueError, {"temb": torch.zeros(2, 192)}),
-    "temb must be float32, got torch.float64": (
+    "temb must be bfloat16 or float16 or float32, got torch.float64": (
         TypeError,
         {"temb": torch.zeros(2, 128, dtype=torch.float64)},
     ),

@@ -34,7 +34,8 @@ def window_attention(
         qkv: (B, H, W, 3C), channels ordered (3, nH, d); float64, float32, bfloat16 or float16.
         relative_position_bias_table: ((2h-1)(2w-1), nH), or None for no bias; the dtype of ``qkv``
             or float32.
-        temb: (B, 2C), the time token's q part, then its v part, or None; dtypes as the table's.
+        temb: (B, 2C), the time token's q part, then its v part, or None; float32, bfloat16 or
+            float16 unless ``qkv`` is float64.
         num_heads: nH.
         window_size: tokens of a window, (h, w) or one number for both; h divides H, w divides W.
         scale: factor of the scores; default d ** -0.5.
@@ -75,7 +76,7 @@ def window_attention(
             like=qkv,
         )
     if temb is not None:
-        check_tensor(op, "temb", temb, batch, 2 * channels, like=qkv)
+        check_tensor(op, "temb", temb, batch, 2 * channels, like=qkv, narrower=True)
     if scale is None:
         scale = (channels // num_heads) ** -0.5
     args = (qkv, temb, relative_position_bias_table, num_heads, window, scale)
