@@ -16,9 +16,3 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     }
     machine_info.clear()
     machine_info.update(kept)
-
-
-def pytest_benchmark_update_json(config, benchmarks, output_json):
-    output_json["commit_info"].pop("author_time", None)
-    for row in benchmarks:
-        row.pop("options", None)
