@@ -108,8 +108,8 @@ class FusedOp:
         backward_fake: the same for the backward.
         setup_context, backward: as in :func:`torch.library.register_autograd`; ``backward`` gets
             the backend's backward op before ``ctx``.
-        prefix: which functions of a backend module serve the op: ``forward`` or, for a second op of
-            the same stage, ``<prefix>_forward``.
+        prefix: of the functions of a backend module that serve the op, for a second op of the same
+            stage: ``many_`` for ``many_forward``.
     """
 
     def __init__(

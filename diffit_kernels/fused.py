@@ -18,7 +18,8 @@ def block(module: nn.Module, x: Tensor, temb: Tensor, *, backend: str | None) ->
 
     Passes over (B, N, C) activations outside the products and the attention: LN reads x and writes
     h; residual and LN read x and a, write x̂ and h; the last residual reads x̂ and m and writes x:
-    5 reads and 4 writes. x: (B, N, C); temb: (B, C). Returns (B, N, C).
+    5 reads and 4 writes, where adaln is one pass (the eager backend reads x̂ once more).
+    x: (B, N, C); temb: (B, C). Returns (B, N, C).
     """
     attended = module.attn(norm(module.norm1, x, backend=backend), temb)
     if _is_bare(module.norm2, nn.LayerNorm):

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -287,3 +290,26 @@ def test_missing_model_is_an_error_and_not_a_trace(capsys):
 def test_packaged_checkpoint_by_name():
     model = from_pretrained("digits")
     assert (model.input_size, model.num_classes) == (4, 10)
+
+
+def test_a_killed_process_loses_at_most_its_batch(tmp_path):
+    """kill -9 in the middle, then the same command again: the images of an undisturbed run."""
+    command = [sys.executable, "-m", "diffit_kernels", "sample", "--model_path", "digits"]
+    command += ["--num_samples", "24", "--batch_size", "4", "--num_sampling_steps", "40"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--log_dir", whole], check=True, capture_output=True)
+
+    process = subprocess.Popen([*command, "--log_dir", killed], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("shards/*.npz"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in killed.glob("shards/*.npz")}
+    assert 2 <= len(kept) < 6 and not list(killed.glob("*.npz"))
+
+    resumed = subprocess.run([*command, "--log_dir", killed], check=True, capture_output=True)
+    assert b"of 24 samples are in" in resumed.stdout
+    assert all((killed / "shards" / n).stat().st_mtime_ns == t for n, t in kept.items())
+    results = [folder / "samples_24x8x8x3.npz" for folder in (whole, killed)]
+    assert results[0].read_bytes() == results[1].read_bytes()
