@@ -14,7 +14,7 @@ from diffit_kernels.sampling import check_extra, denoise, initial_noise, sample_
 from diffit_kernels.sampling.decode import shuffle_decoder
 from diffit_kernels.sampling.run import picture_grid, written_aside
 
-STEPS, CFG_SCALE, PER_CLASS = 50, 2.0, 10
+STEPS, CFG_SCALE, PER_CLASS = 50, 3.0, 10
 ROUNDS = 5
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from diffit_kernels.dispatch import FusedOp
-from diffit_kernels.ops.checks import accumulation_dtype, check_activation, check_tensor
+from diffit_kernels.ops.checks import check_activation, check_tensor
 
 
 def adaln(
@@ -80,13 +80,12 @@ def _per_token(op: str, name: str, value: Tensor | None, x: Tensor) -> Tensor | 
 
 
 def _fake(x, y, gate, shift, scale, weight, bias, eps):
-    statistics = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
     residual = x.new_empty(0 if y is None else x.shape)
-    return x.new_empty(x.shape), residual, statistics, statistics.new_empty(statistics.shape)
+    return x.new_empty(x.shape), residual, x.new_empty(0), x.new_empty(0)
 
 
 def _backward_fake(
-    grad_out, grad_residual, residual, y, gate, shift, scale, weight, bias, mean, rstd
+    grad_out, grad_residual, residual, y, gate, shift, scale, weight, bias, mean, rstd, eps
 ):
     return tuple(
         residual.new_empty(0) if t is None else t.new_empty(t.shape)
@@ -95,7 +94,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, y, gate, shift, scale, weight, bias, _ = inputs
+    x, y, gate, shift, scale, weight, bias, ctx.eps = inputs
     _, residual, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -112,7 +111,7 @@ def _backward(op, ctx, grad_out, grad_residual, _mean, _rstd):
         grad_out = torch.zeros_like(residual)
     if ctx.y_dtype is None:  # then the residual result was empty, and so is its gradient, if any
         grad_residual = None
-    dx, *grads = op(grad_out, grad_residual, residual, *inputs, mean, rstd)
+    dx, *grads = op(grad_out, grad_residual, residual, *inputs, mean, rstd, ctx.eps)
     dy, *others = (None if t is None else grad for t, grad in zip(inputs, grads, strict=True))
     if ctx.y_dtype is not None and dy is None:
         dy = dx.to(ctx.y_dtype)
@@ -126,7 +125,7 @@ _adaln = FusedOp(
     "Tensor? bias, float eps) -> (Tensor out, Tensor residual, Tensor mean, Tensor rstd)",
     backward_schema="(Tensor grad_out, Tensor? grad_residual, Tensor residual, Tensor? y, "
     "Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale, "
+    "Tensor rstd, float eps) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale, "
     "Tensor dweight, Tensor dbias)",
     fake=_fake,
     backward_fake=_backward_fake,

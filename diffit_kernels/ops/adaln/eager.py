@@ -1,6 +1,7 @@
 """adaln in PyTorch, any device."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffit_kernels.ops.checks import accumulation_dtype
@@ -8,57 +9,61 @@ from diffit_kernels.ops.checks import accumulation_dtype
 
 def forward(x, y, gate, shift, scale, weight, bias, eps):
     if y is not None and gate is not None:
-        y = gate.to(torch.promote_types(gate.dtype, x.dtype)) * y
+        y = _widened(gate, x) * y
     residual = x if y is None else (x + y).to(x.dtype)
-    wide, scale, weight, bias = _wide(residual, scale, weight, bias)
-    out, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], weight, bias, eps)
+    affine = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    out = F.layer_norm(residual, x.shape[-1:], *affine, eps)
     if scale is not None:
-        out = out * (1 + scale)
+        out = out * (1 + _widened(scale, x))
     if shift is not None:
         out = out + shift
-    saved = x.new_empty(0) if y is None else residual
-    return out.to(x.dtype), saved, mean[..., 0], rstd[..., 0]
+    empty = x.new_empty(0)
+    return out.to(x.dtype), empty if y is None else residual, empty.clone(), empty.clone()
 
 
-def backward(grad_out, grad_residual, residual, y, gate, shift, scale, weight, bias, mean, rstd):
-    """With x̂ the normalised row, z = x̂ · weight + bias and g = grad_out · (1 + scale)::
+def backward(
+    grad_out, grad_residual, residual, y, gate, shift, scale, weight, bias, mean, rstd, eps
+):
+    """With z = LN(x) and g = grad_out · (1 + scale), the statistics taken again::
 
     dx = LayerNorm's backward of g + grad_residual    dy = gate · dx    dgate = Σ y · dx
     dshift = Σ grad_out    dscale = Σ grad_out · z    dweight = Σ g · x̂    dbias = Σ g
 
-    (Σ over the tokens that shared the value; reference/README.md, 12).
+    (Σ over the tokens that shared the value, x̂ = z without affine; reference/README.md, 12).
     """
-    wide, dout, factor, wide_weight, wide_bias = _wide(residual, grad_out, scale, weight, bias)
-    mean, rstd = mean[..., None], rstd[..., None]
-    dy = dgate = dshift = dscale = residual.new_empty(0)
-    if shift is not None:
-        dshift = _sum_to(dout, shift)
-    g = dout
-    if scale is not None:
-        z = (wide - mean) * rstd
-        z = z if weight is None else z * wide_weight
-        dscale = _sum_to(dout * (z if bias is None else z + wide_bias), scale)
-        g = dout * (1 + factor)
+    dtype = accumulation_dtype(residual.dtype)
+    x, dout, factor, wide_weight, wide_bias = (
+        None if t is None else t.to(dtype) for t in (residual, grad_out, scale, weight, bias)
+    )
+    z, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], wide_weight, wide_bias, eps)
     needed = [True, weight is not None, bias is not None]
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        g, wide, wide.shape[-1:], mean, rstd, wide_weight, wide_bias, needed
+        dout if scale is None else dout * (1 + factor),
+        x,
+        x.shape[-1:],
+        mean,
+        rstd,
+        wide_weight,
+        wide_bias,
+        needed,
     )
     if grad_residual is not None:
         dx = dx + grad_residual
-    if y is not None:
-        dy = (gate * dx).to(y.dtype)
-        dgate = _sum_to(dx * y, gate)
-    dweight, dbias = (
-        residual.new_empty(0) if parameter is None else grad.to(parameter.dtype)
-        for parameter, grad in ((weight, dweight), (bias, dbias))
+    empty = residual.new_empty(0)
+    return (
+        dx.to(residual.dtype),
+        empty if y is None else (gate * dx).to(y.dtype),
+        empty if gate is None else _sum_to(dx * y, gate),
+        empty if shift is None else _sum_to(dout, shift),
+        empty if scale is None else _sum_to(dout * z, scale),
+        empty if weight is None else dweight.to(weight.dtype),
+        empty if bias is None else dbias.to(bias.dtype),
     )
-    return dx.to(residual.dtype), dy, dgate, dshift, dscale, dweight, dbias
 
 
-def _wide(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All in the dtype of statistics and sums."""
-    dtype = accumulation_dtype(x.dtype)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+def _widened(modulation: Tensor, x: Tensor) -> Tensor:
+    """In the wider of the two dtypes, so that no half-precision factor rounds a float32 stream."""
+    return modulation.to(torch.promote_types(modulation.dtype, x.dtype))
 
 
 def _sum_to(grad: Tensor, like: Tensor) -> Tensor:

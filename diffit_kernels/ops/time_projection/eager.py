@@ -12,10 +12,9 @@ def forward(x, weight, bias, temb):
 
 
 def backward(grad_out, x, weight, bias, temb):
-    dtype = accumulation_dtype(x.dtype)
     dx = grad_out @ weight.to(x.dtype)
     dweight = (grad_out.flatten(0, 1).t() @ x.flatten(0, 1)).to(weight.dtype)
-    dtemb = grad_out.sum(1, dtype=dtype)
+    dtemb = grad_out.sum(1, dtype=accumulation_dtype(x.dtype))
     dbias = x.new_empty(0) if bias is None else dtemb.sum(0).to(bias.dtype)
     return dx, dweight, dbias, dtemb.to(temb.dtype)
 

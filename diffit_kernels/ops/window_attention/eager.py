@@ -39,6 +39,7 @@ def backward(
     dq = scale · dS k    dk = scale · dSᵀ q
     dq_t = Σ_tokens dq    dv_t = Σ_tokens dO    dtable = dS summed over windows, by offset
     """
+    dtype = accumulation_dtype(qkv.dtype)
     dqkv = qkv.new_empty(qkv.shape)
     windows_dqkv = _windows(dqkv, 3, num_heads, window_size)
     windows = _windows(qkv, 3, num_heads, window_size)
@@ -54,7 +55,7 @@ def backward(
         dprobs = (dout @ v.mT).to(probs.dtype)
         dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
         if bias is not None:
-            dtable.append(_reduce_bias(dscores.sum(0), window_size))
+            dtable.append(_reduce_bias(dscores.sum(0, dtype=dtype), window_size))
         dscores, probs = dscores.to(q.dtype), probs.to(q.dtype)
         grads = scale * (dscores @ k), scale * (dscores.mT @ q), probs.mT @ dout
         for target, grad in zip(windows_dqkv[:, :, :, :, heads], grads, strict=True):
@@ -62,21 +63,22 @@ def backward(
 
     dtemb = qkv.new_empty(0)
     if temb is not None:
-        dtype = accumulation_dtype(qkv.dtype)
-        dq_time = dqkv.unflatten(-1, (3, -1))[..., 0, :].sum((1, 2), dtype=dtype)
-        dv_time = grad_out.sum((1, 2), dtype=dtype)
-        dtemb = torch.cat((dq_time, dv_time), 1).to(temb.dtype)
+        dq = dqkv.unflatten(-1, (3, -1))[..., 0, :]
+        dtemb = torch.cat([grad.sum((1, 2), dtype=temb.dtype) for grad in (dq, grad_out)], 1)
     if relative_position_bias_table is None:
         return dqkv, dtemb, qkv.new_empty(0)
     return dqkv, dtemb, torch.cat(dtable, 1).to(relative_position_bias_table.dtype)
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ + bias) in the accumulation dtype: (B·windows, heads, L, L)."""
+    """softmax(scale · q kᵀ + bias): (B·windows, heads, L, L), in the wider dtype of q and bias.
+
+    In half precision the library's softmax takes its statistics in float32 all the same.
+    """
     scores = (q @ k.mT).mul_(scale)
     if bias is not None:
         scores = scores.add_(bias) if bias.dtype == scores.dtype else scores + bias
-    return scores.softmax(-1, dtype=accumulation_dtype(q.dtype))
+    return scores.softmax(-1)
 
 
 def _windows(packed: Tensor, parts: int, num_heads: int, window_size: list[int]) -> Tensor:
