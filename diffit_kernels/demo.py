@@ -15,7 +15,7 @@ from diffit_kernels.sampling.decode import shuffle_decoder
 from diffit_kernels.sampling.run import picture_grid, written_aside
 
 STEPS, CFG_SCALE, PER_CLASS = 50, 3.0, 10
-ROUNDS = 5
+ROUNDS, WARM_UP = 12, 3
 
 
 def demo(out: Path, device: str = "cpu", backend: str | None = None) -> str:
@@ -71,13 +71,13 @@ def sample_digits(model: DiffiT, per_class: int, seed: int = 0) -> tuple[Tensor,
 def _compare(name: str, model: DiffiT, inputs: tuple[Tensor, ...]) -> str:
     """Difference and median time of the two paths, measured in turn."""
     results, times = {}, {False: [], True: []}
-    for _ in range(ROUNDS):
+    for _ in range(WARM_UP + ROUNDS):
         for fused in times:
             model.use_fused_tmsa = fused
             results[fused], seconds = _timed(lambda: model(*inputs), inputs[0].device)
             times[fused].append(seconds)
     difference = (results[True] - results[False]).abs().max() / results[False].abs().max()
-    literal, fused = (1e3 * statistics.median(times[flag]) for flag in (False, True))
+    literal, fused = (1e3 * statistics.median(times[flag][WARM_UP:]) for flag in (False, True))
     return (
         f"  {name}: literal {literal:.1f} ms, fused {fused:.1f} ms ({literal / fused:.2f}x), "
         f"largest difference {difference:.1e} of the largest value"

@@ -41,9 +41,17 @@ CALLS = {
         lambda: (strided(2, 8), [strided(6, 8)], []),
     ],
     "mlp": [
-        lambda: (random(2, 3, 8), random(16, 8), random(16), random(8, 16), random(8), "tanh"),
-        lambda: (random(2, 3, 8), random(16, 8), None, random(8, 16), None, "none"),
-        lambda: (strided(2, 3, 8), strided(16, 8), None, strided(8, 16), None, "tanh"),
+        lambda: (
+            random(2, 3, 8),
+            random(16, 8),
+            random(16),
+            random(8, 16),
+            random(8),
+            "tanh",
+            True,
+        ),
+        lambda: (random(2, 3, 8), random(16, 8), None, random(8, 16), None, "none", False),
+        lambda: (strided(2, 3, 8), strided(16, 8), None, strided(8, 16), None, "tanh", True),
     ],
 }
 

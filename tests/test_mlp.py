@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reference
+from diffit_kernels.dispatch import REGISTRY
 from diffit_kernels.ops import mlp
 from tests.parity import assert_close, assert_parity
 
@@ -47,6 +48,21 @@ def test_extreme_values(backend):
     out.sum().backward()
     assert_close(out, literal(*(t.double() for t in inputs)), 1e-5)
     assert all(t.grad.isfinite().all() for t in inputs)
+
+
+def test_the_pre_activation_is_kept_for_a_gradient_only(backend):
+    """And a backward after a forward that kept nothing is still right."""
+    inputs = [t.requires_grad_() for t in make()]
+    op = REGISTRY["mlp"].overload(backend)
+    kept, dropped = (op(*inputs, "tanh", keep) for keep in (True, False))
+    assert kept[1].shape == (2, 5, 96) and dropped[1].numel() == 0
+    assert_close(dropped[0], kept[0], 1e-6)
+    for ours, expected in zip(
+        torch.autograd.grad(dropped[0].sum(), inputs),
+        torch.autograd.grad(kept[0].sum(), inputs),
+        strict=True,
+    ):
+        assert_close(ours, expected, 1e-6)
 
 
 def test_empty(backend):

@@ -1,5 +1,6 @@
-"""The block's MLP: two products with GELU between, of which only the pre-activation is kept."""
+"""The block's MLP: two products with GELU between, of which at most the pre-activation is kept."""
 
+import torch
 from torch import Tensor
 
 from diffit_kernels.dispatch import FusedOp
@@ -18,7 +19,8 @@ def mlp(
 ) -> Tensor:
     """MLP(x) = W2 GELU(W1 x + b1) + b2, DiffiT's with the tanh form of GELU (eq. 8).
 
-    The backward recomputes GELU from the pre-activation, so one (B, N, 4C) tensor is kept, not two.
+    The backward recomputes GELU from the pre-activation, so one (B, N, 4C) tensor is kept, not two;
+    and none where no gradient is asked for.
 
     Args:
         x: (B, N, C); float64, float32, bfloat16 or float16.
@@ -50,13 +52,17 @@ def mlp(
             check_tensor(op, name, bias, size, like=x)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"{op}: approximate must be 'tanh' or 'none', got {approximate!r}")
-    args = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate)
-    return _mlp(x.device, *args, backend=backend)[0]
+    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    keep_hidden = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    return _mlp(x.device, *tensors, approximate, keep_hidden, backend=backend)[0]
 
 
-def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate):
+def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate, keep_hidden):
     rows = x.shape[:-1]
-    return x.new_empty(*rows, fc2_weight.shape[0]), x.new_empty(*rows, fc1_weight.shape[0])
+    hidden = (*rows, fc1_weight.shape[0]) if keep_hidden else (0,)
+    return x.new_empty(*rows, fc2_weight.shape[0]), x.new_empty(hidden)
 
 
 def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate):
@@ -67,7 +73,7 @@ def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bi
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.approximate = inputs
+    *tensors, ctx.approximate, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
@@ -77,14 +83,14 @@ def _backward(op, ctx, grad_out, _):
     *inputs, hidden = ctx.saved_tensors
     x, *parameters = inputs
     grads = op(grad_out, x, hidden, *parameters, ctx.approximate)
-    return *(None if t is None else g for t, g in zip(inputs, grads, strict=True)), None
+    return *(None if t is None else g for t, g in zip(inputs, grads, strict=True)), None, None
 
 
 _mlp = FusedOp(
     "mlp",
     __name__,
     schema="(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-    "str approximate) -> (Tensor out, Tensor hidden)",
+    "str approximate, bool keep_hidden) -> (Tensor out, Tensor hidden)",
     backward_schema="(Tensor grad_out, Tensor x, Tensor hidden, Tensor fc1_weight, "
     "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str approximate) -> "
     "(Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)",

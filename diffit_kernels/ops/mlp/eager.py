@@ -4,14 +4,21 @@ import torch
 import torch.nn.functional as F
 
 
-def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate):
+def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate, keep_hidden):
     hidden = _linear(x, fc1_weight, fc1_bias)
-    return _linear(F.gelu(hidden, approximate=approximate), fc2_weight, fc2_bias), hidden
+    if keep_hidden:
+        activation = F.gelu(hidden, approximate=approximate)
+    else:
+        activation = torch.ops.aten.gelu_(hidden, approximate=approximate)
+        hidden = x.new_empty(0)
+    return _linear(activation, fc2_weight, fc2_bias), hidden
 
 
 def backward(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate):
     """da = dO W2    dh = da ∘ GELU'(h)    dx = dh W1    dW2 = dOᵀ GELU(h)    dW1 = dhᵀ x"""
     dout = grad_out.flatten(0, 1)
+    if hidden.numel() == 0:  # the forward was told not to keep it
+        hidden = _linear(x, fc1_weight, fc1_bias)
     h = hidden.flatten(0, 1)
     dfc2_weight = dout.t() @ F.gelu(h, approximate=approximate)
     dactivation = dout @ fc2_weight.to(x.dtype)
