@@ -1,5 +1,8 @@
 """Every op as PyTorch's compilers see it: opcheck, whole-graph compile, export, fake tensors."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,6 +92,9 @@ def inputs():
     return torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5])
 
 
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler"
+)
 def test_the_model_compiles_whole_with_gradients(model, inputs):
     """In float64, where the order of summation does not matter; and at t = 0, where the timestep's
     features, float32 by definition, are exact."""
