@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 MODULES = {"eager": "eager", "triton": "triton_kernels", "native": "native"}
 BACKENDS = tuple(MODULES)
@@ -147,6 +148,9 @@ class FusedOp:
                 setup_context=setup_context,
                 lib=_library,
             )
+            torch.library.register_autograd(
+                f"diffit::{name}_backward.{backend}", self._no_second_derivative, lib=_library
+            )
             self._implementations[backend] = module
             self._overloads[backend] = forward_op
         REGISTRY[name] = self
@@ -218,5 +222,16 @@ class FusedOp:
             stacklevel=5,
         )
 
+    def _no_second_derivative(self, ctx, *grads):
+        raise NotImplementedError(
+            f"{self.name} is differentiable once; for second derivatives use the literal equations "
+            "(use_fused_tmsa=False, or unpatch)"
+        )
+
     def __call__(self, device: torch.device, *args, backend: str | None = None) -> Any:
+        if forward_ad._current_level >= 0:  # its tangents would silently be lost
+            raise NotImplementedError(
+                f"{self.name} has no forward-mode derivative; use the literal equations "
+                "(use_fused_tmsa=False, or unpatch)"
+            )
         return self._overloads[self.choose(device, *args, backend=backend)](*args)

@@ -2,8 +2,9 @@
 
 The functions take the module, whoever wrote it, by its parts: a block has ``norm1``, ``attn``,
 ``norm2`` and ``mlp``; an attention ``qkv``, ``qkv_temb``, ``proj`` and the bias table. A part is
-read past its ``forward`` only while nothing else hangs on it: with a hook, a parametrization or
-another class in its place (an adapter, a quantized layer), the part itself is called.
+read past its ``forward`` only while nothing else hangs on it: with a hook, a parametrization, a
+forward set on the instance, or another class in its place (an adapter, a quantized layer), the part
+itself is called.
 """
 
 import torch
@@ -67,8 +68,7 @@ def norm(module: nn.Module, x: Tensor, *, backend: str | None) -> Tensor:
 def feed_forward(module: nn.Module, x: Tensor, *, backend: str | None) -> Tensor:
     """fc2(GELU(fc1(x))) through the mlp op; any other structure runs itself."""
     approximate = gelu_form(module)
-    parts = (module, module.fc1, module.fc2, module.act) if approximate else ()
-    if not approximate or any(_has_hooks(part) for part in parts):
+    if not approximate or any(is_touched(part) for part in module.modules()):
         return module(x)
     fc1, fc2 = module.fc1, module.fc2
     return mlp(
@@ -105,12 +105,14 @@ def _affine(layer_norm: nn.LayerNorm) -> dict:
 
 def _is_bare(module: nn.Module, kind: type) -> bool:
     """Exactly a ``kind``, with no hook on it: reading its parameters equals calling it."""
-    return type(module) is kind and not _has_hooks(module)
+    return type(module) is kind and not is_touched(module)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def is_touched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: a hook, or a forward of its own."""
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

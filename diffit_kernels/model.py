@@ -59,8 +59,21 @@ class DiffiT(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        sizes = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+            "the MLP's width": int(hidden_size * mlp_ratio),
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"DiffiT: {name} must be at least 1, got {value}")
         for rule, holds in (
-            ("input_size must be a positive multiple of patch_size", input_size % patch_size == 0),
+            ("input_size must be a multiple of patch_size", input_size % patch_size == 0),
             ("hidden_size must be a multiple of num_heads", hidden_size % num_heads == 0),
             ("hidden_size must be a multiple of 4", hidden_size % 4 == 0),
             ("class_dropout_prob must be in [0, 1]", 0 <= class_dropout_prob <= 1),
@@ -194,6 +207,11 @@ class DiffiT(nn.Module):
         """
         if cfg_scale is None:
             return self.forward(x, t, y)
+        self._check_inputs(x, t, y)
+        if diffusion_steps < 1:
+            raise ValueError(
+                f"forward_with_cfg: diffusion_steps must be >= 1, got {diffusion_steps}"
+            )
         if x.shape[0] % 2:
             raise ValueError(
                 "forward_with_cfg: the batch must be even, [conditional; null], "
@@ -244,6 +262,8 @@ class DiffiT(nn.Module):
                     f"DiffiT: {name} must have shape ({x.shape[0]},), one per sample of x, "
                     f"got {tuple(value.shape)}"
                 )
+        if t.is_complex() or t.dtype == torch.bool:
+            raise TypeError(f"DiffiT: t must be integer or floating point, got {t.dtype}")
         if y.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"DiffiT: y must be int64 or int32 class labels, got {y.dtype}")
         readable = type(y) is Tensor and y.device.type == "cpu"  # no fake, traced or remote values

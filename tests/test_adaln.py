@@ -143,7 +143,7 @@ ERRORS = {
         TypeError,
         {"y": torch.zeros(2, 3, 8, dtype=torch.float64)},
     ),
-    "backend 'native' cannot run this": (NotImplementedError, {"backend": "native"}),
+    "eps must be >= 0, got nan": (ValueError, {"eps": float("nan")}),
 }
 
 

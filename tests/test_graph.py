@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from diffit_kernels import DiffiT
 from diffit_kernels.dispatch import BACKENDS, REGISTRY
+from diffit_kernels.ops import adaln
 from tests.parity import assert_close
 
 
@@ -75,6 +77,23 @@ def test_every_op_is_covered():
 )
 def test_opcheck(name, backend, case):
     torch.library.opcheck(REGISTRY[name].overload(backend), CALLS[name][case]())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_second_derivatives_are_an_error(name):
+    args = CALLS[name][0]()
+    leaf = next(value for value in args if isinstance(value, torch.Tensor))
+    results = REGISTRY[name].overload("eager")(*args)
+    out = results[0] if isinstance(results, (tuple, list)) else results
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{name} is differentiable once"):
+        gradient.square().sum().backward()
+
+
+def test_forward_mode_is_an_error():
+    x = torch.randn(1, 2, 8)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+        adaln(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 @pytest.fixture

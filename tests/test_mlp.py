@@ -90,7 +90,3 @@ def test_errors_name_rule_and_value():
         mlp(x, w1, b2, w2, b2)
     with pytest.raises(TypeError, match=r"fc1_weight must be float32, got torch\.float16"):
         mlp(x, w1.half(), b1, w2, b2)
-    with pytest.raises(
-        NotImplementedError, match=r"mlp: backend 'triton'.*Backends that can: eager"
-    ):
-        mlp(x, w1, b1, w2, b2, backend="triton")

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -86,7 +87,8 @@ def test_lookalike_blocks_with_recorded_weights_agree_with_our_model(name):
     ours.load_state_dict(golden.under("state."))
     patch(ours.eval())
     x = golden["input.x"].clone().requires_grad_()
-    # Our forward sets flags only on our own blocks, so these run because they were patched.
+    inputs = x.detach(), golden["input.t"], golden["input.y"]
+    assert fused_calls(ours, *inputs) == config["depth"] * BLOCK_CALLS
     out = ours(x, golden["input.t"], golden["input.y"])
     assert_close(out, golden["output"], 2e-5)
     (out * golden["loss_weight"]).sum().backward()
@@ -118,7 +120,11 @@ def test_parameters_state_dict_and_optimiser_stay_the_same_objects(model, inputs
 
 
 @pytest.mark.parametrize(
-    "part", ["attn", "attn.qkv", "attn.qkv_temb", "norm1", "norm2", "mlp", "mlp.act", "mlp.fc1"]
+    "part",
+    [
+        *("attn", "attn.qkv", "attn.qkv_temb", "attn.attn_drop", "attn.proj_drop"),
+        *("norm1", "norm2", "mlp", "mlp.act", "mlp.fc1", "mlp.drop1", "mlp.norm"),
+    ],
 )
 def test_hooks_fire_and_count(model, inputs, part):
     seen = []
@@ -130,7 +136,9 @@ def test_hooks_fire_and_count(model, inputs, part):
     assert len(seen) == 1
     patch(model)
     assert len(seen) == 1, "patching must not fire hooks"
-    assert_close(model(*inputs), expected, 2e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a hook on an idle part keeps the module's own forward
+        assert_close(model(*inputs), expected, 2e-5)
     assert len(seen) == 2
     handle.remove()
     assert fused_calls(model, *inputs) == 2 * BLOCK_CALLS
@@ -203,6 +211,104 @@ def test_dropout_keeps_the_own_forward_in_training_only(inputs):
     with pytest.warns(RuntimeWarning, match=r"attention dropout 0\.25 is on"):
         assert "window_attention.eager" not in fused_calls(model.train(), *inputs)
     assert "window_attention.eager" in fused_calls(model.eval(), *inputs)
+
+
+class RandomLayer(lookalike.Layer):
+    """Drops in training, by itself and under no name that could be looked for."""
+
+    def forward(self, x, c):
+        x = x + nn.functional.dropout(self.attn(self.norm1(x), c), 0.5, self.training)
+        return x + self.mlp(self.norm2(x))
+
+
+class RandomAttention(lookalike.Attention):
+    def forward(self, x, temb=None, mask=None):
+        return nn.functional.dropout(super().forward(x, temb, mask), 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["layer", "attention"])
+def test_randomness_in_training_is_kept(kind, inputs):
+    torch.manual_seed(0)
+    model = lookalike.Transformer(layer=RandomLayer if kind == "layer" else lookalike.Layer)
+    if kind == "attention":
+        for layer in model.layers:
+            layer.attn.__class__ = RandomAttention
+
+    def train():
+        torch.manual_seed(3)
+        return model.train()(*inputs)
+
+    expected = train()
+    patch(model)
+    with pytest.warns(RuntimeWarning, match="training drops something"):
+        assert_close(train(), expected, 2e-5)
+    assert fused_calls(model.eval(), *inputs) == 2 * BLOCK_CALLS
+
+
+class ScaledAttention(lookalike.Attention):
+    def forward(self, x, temb=None, mask=None):
+        return super().forward(x, temb, mask) * self.factor
+
+
+def test_buffers_and_functions_tell_modules_apart(inputs):
+    """One of two modules of a class may be plain and the other not."""
+    model = lookalike.Transformer()
+    for layer, factor in zip(model.layers, (1.0, 0.5), strict=True):
+        layer.attn.__class__ = ScaledAttention
+        layer.attn.register_buffer("factor", torch.tensor(factor))
+    expected = model(*inputs)
+    patch(model)
+    assert fused_calls(model, *inputs).count("window_attention.eager") == 1
+    assert_close(model(*inputs), expected, 2e-5)
+
+
+@pytest.mark.parametrize("part", ["norm1", "norm2", "mlp", "mlp.fc1", "attn.qkv", "attn.qkv_temb"])
+def test_a_forward_set_on_an_instance_is_called(model, inputs, part):
+    """As some libraries install their hooks."""
+    module = patch(model).layers[0].get_submodule(part)
+    own = module.forward
+    module.forward = lambda x: 2 * own(x)
+    ours = model(*inputs)
+    assert_close(ours, unpatch(model)(*inputs), 2e-5)
+
+
+def test_a_replaced_forward_of_the_attention_is_refused():
+    attention = lookalike.Attention(16, 2, 4)
+    attention.forward = lambda x, temb: x
+    with pytest.raises(ValueError, match="its forward was replaced on the instance"):
+        patch(attention)
+
+
+def test_parametrized_attention(model):
+    table = "relative_position_bias_table"
+    nn.utils.parametrize.register_parametrization(model.layers[0].attn, table, nn.Tanh())
+    with pytest.raises(ValueError, match="parametrized: remove that before patching"):
+        patch(model.layers[0].attn)
+    patch(model.layers[1])
+    nn.utils.parametrize.register_parametrization(model.layers[1].attn, table, nn.Tanh())
+    with pytest.raises(ValueError, match="was parametrized after patching"):
+        unpatch(model)
+    nn.utils.parametrize.remove_parametrizations(model.layers[1].attn, table)
+    assert type(unpatch(model).layers[1].attn) is lookalike.Attention
+
+
+def test_a_shared_time_token_takes_the_own_forward(model, inputs):
+    expected = model(inputs[0], inputs[1][:1])
+    with pytest.warns(RuntimeWarning, match=r"time token of shape \(1, 16\) is not one per sample"):
+        assert_close(patch(model)(inputs[0], inputs[1][:1]), expected, 2e-5)
+
+
+def test_strange_neighbours_do_not_stop_the_patching(model, inputs):
+    model.odd = nn.Module()
+    model.odd.attn = {}
+    near_miss = lookalike.Attention(16, 2, 4)
+    near_miss.relative_position_bias_table = None
+    model.near_miss = near_miss
+    assert fused_calls(patch(model), *inputs) == 2 * BLOCK_CALLS
+    near_miss.relative_position_bias_table = nn.Parameter(torch.zeros(49, 2))
+    near_miss.window_size = (1, 4, 4)
+    with pytest.raises(ValueError, match="its parts do not fit together"):
+        patch(near_miss)
 
 
 def test_a_block_that_computes_something_else_keeps_its_forward(inputs):

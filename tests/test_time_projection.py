@@ -78,7 +78,9 @@ def test_errors_name_rule_and_value():
         time_projections(temb, [weight, weight], [bias])
     with pytest.raises(ValueError, match="got 0 weights"):
         time_projections(temb, [])
-    with pytest.raises(ValueError, match=r"must have shape \(3C, K\), got \(13, 8\)"):
+    with pytest.raises(TypeError, match=r"weights\[0\] must be a tensor, got NoneType"):
+        time_projections(temb, [None])
+    with pytest.raises(ValueError, match="weights must have 3C rows, got 13"):
         time_projections(temb, [torch.zeros(13, 8)])
     with pytest.raises(ValueError, match=r"weights\[1\] must have shape \(12, 8\), got \(12, 9\)"):
         time_projections(temb, [weight, torch.zeros(12, 9)])

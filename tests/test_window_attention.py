@@ -169,7 +169,9 @@ ERRORS = {
     ),
     "temb must be on cpu, got meta": (ValueError, {"temb": torch.zeros(2, 128, device="meta")}),
     "backend must be one of": (ValueError, {"backend": "cuda"}),
-    "backend 'triton' cannot run this on cpu": (NotImplementedError, {"backend": "triton"}),
+    r"window_size must be an int or two ints, got 4\.0": (TypeError, {"window_size": 4.0}),
+    r"num_heads must be an int, got 2\.0": (TypeError, {"num_heads": 2.0}),
+    "scale must be a number, got 'a'": (TypeError, {"scale": "a"}),
 }
 
 

@@ -53,7 +53,7 @@ def adaln(
         check_tensor(op, "y", y, batch, tokens, channels, like=x, narrower=True)
     elif gate is not None:
         raise ValueError(f"{op}: gate scales y, but y is None")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"{op}: eps must be >= 0, got {eps}")
     gate, shift, scale = (
         _per_token(op, name, value, x)

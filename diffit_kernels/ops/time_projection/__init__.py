@@ -84,11 +84,10 @@ def time_projections(
             f"{op}: give one weight per block and as many biases or none, "
             f"got {len(weights)} weights and {len(biases)} biases"
         )
-    if weights[0].dim() != 2 or weights[0].shape[0] % 3:
-        raise ValueError(
-            f"{op}: weights must have shape (3C, K), got {tuple(weights[0].shape)} first"
-        )
+    check_tensor(op, "weights[0]", weights[0], None, temb.shape[-1], like=temb)
     rows = weights[0].shape[0]
+    if rows % 3:
+        raise ValueError(f"{op}: weights must have 3C rows, got {rows}")
     for index, weight in enumerate(weights):
         check_tensor(op, f"weights[{index}]", weight, rows, temb.shape[-1], like=temb)
     for index, bias in enumerate(biases):

@@ -53,13 +53,19 @@ def window_attention(
     qkv, temb = autocast(qkv, temb)
     check_activation(op, "qkv", qkv, "B H W 3C")
     batch, height, width, channels3 = qkv.shape
-    window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
+    window = (window_size, window_size) if isinstance(window_size, int) else window_size
+    if not (isinstance(window, tuple | list) and all(isinstance(n, int) for n in window)):
+        raise TypeError(f"{op}: window_size must be an int or two ints, got {window_size!r}")
+    if not isinstance(num_heads, int):
+        raise TypeError(f"{op}: num_heads must be an int, got {num_heads!r}")
+    if not isinstance(scale, float | int | None):
+        raise TypeError(f"{op}: scale must be a number, got {scale!r}")
     if len(window) != 2 or min(window) < 1 or height % window[0] or width % window[1]:
         raise ValueError(
             f"{op}: window_size must divide the token grid: got window {window} "
             f"for the grid ({height}, {width})"
         )
-    if num_heads < 1 or channels3 % (3 * num_heads):
+    if num_heads < 1 or channels3 < 1 or channels3 % (3 * num_heads):
         raise ValueError(
             f"{op}: the last dimension of qkv must be 3 · num_heads · head_dim, "
             f"got {channels3} for num_heads={num_heads}"
