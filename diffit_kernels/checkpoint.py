@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffit_kernels.model import DiffiT, relative_position_index
+from diffit_kernels.model import DiffiT
 from diffit_kernels.ops.checks import FLOAT_DTYPES
+from diffit_kernels.positions import relative_position_index
 
 WRAPPERS = ("ema", "model", "state_dict")
 PREFIXES = ("module.", "_orig_mod.")
@@ -63,26 +64,43 @@ def from_pretrained(
             unexpected or misshapen keys; the message names them. No model is returned then.
         ImportError: a hub id without huggingface_hub installed.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"from_pretrained: dtype must be a floating-point type, got {dtype}")
+    if dtype not in (None, *FLOAT_DTYPES):
+        raise TypeError(f"from_pretrained: dtype must be one of {FLOAT_DTYPES}, got {dtype!r}")
+    _check_device(device)
     path = resolve(path_or_hub_id, filename)
     with open_checkpoint(path) as tensors:
         config = infer_config(tensors, path)
         with torch.device("meta"):
-            model = DiffiT(**config, use_fused_tmsa=use_fused_tmsa, backend=backend)
+            try:
+                model = DiffiT(**config, use_fused_tmsa=use_fused_tmsa)
+            except ValueError as error:
+                raise ValueError(f"{path} is no latent DiffiT: {error}") from error
+            model.backend = backend
         _check_keys(model, tensors, path)
-        state = {
-            name: tensors.load(name).to(device=device, dtype=dtype, copy=True)
-            for name, _ in model.named_parameters()
-        }
-    dtypes = {value.dtype for value in state.values()}
-    if not dtypes <= set(FLOAT_DTYPES):
-        raise ValueError(f"{path}: weights must be of {FLOAT_DTYPES}, got {dtypes}; or give dtype=")
-    if len(dtypes) > 1:
+        state, dtypes = {}, set()
+        for name, _ in model.named_parameters():
+            value = tensors.load(name)
+            if not value.is_floating_point():
+                raise ValueError(f"{path}: weights must be floating point, {name} is {value.dtype}")
+            dtypes.add(value.dtype)
+            state[name] = value.to(device=device, dtype=dtype, copy=True)
+    if dtype is None and not dtypes <= set(FLOAT_DTYPES):
+        raise ValueError(f"{path}: weights are {dtypes}; give dtype=, one of {FLOAT_DTYPES}")
+    if dtype is None and len(dtypes) > 1:
         state = {name: value.float() for name, value in state.items()}
     model.load_state_dict(state, strict=False, assign=True)  # the index was checked, and is derived
     model.pos_embed.requires_grad_(False)
     return model.eval()
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """Raise ValueError unless tensors can be put on ``device``."""
+    try:
+        meta = device is not None and torch.empty(0, device=device).is_meta
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+    if meta:
+        raise ValueError("device 'meta' holds no weights")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -203,20 +221,30 @@ def _read_pickle(path: Path) -> Mapping[str, Tensor]:
         ) from error
     except Exception as error:  # damage surfaces as almost any exception of the reader
         raise ValueError(f"{path} is no intact torch.save file: {_first_line(error)}") from error
-    while isinstance(content, Mapping):
-        inner = [content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)]
-        if not inner:
-            break
-        content = inner[0]
-    state = content if isinstance(content, Mapping) else {}
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = _unwrap(content)
     if not state:
         mapping = isinstance(content, Mapping)
         found = _list(sorted(map(str, content))) if mapping else f"a {type(content).__name__}"
         raise ValueError(
-            f"{path} holds no state dict, neither bare nor under {WRAPPERS}; it holds {found}"
+            f"{path} holds no state dict, neither bare nor under {WRAPPERS}; "
+            f"it holds {found or 'nothing'}"
         )
     return state
+
+
+def _unwrap(content: object, depth: int = 4) -> dict[str, Tensor]:
+    """The tensors under the first wrapper that has some, else the bare ones."""
+    if not isinstance(content, Mapping) or depth == 0:
+        return {}
+    for wrapper in WRAPPERS:
+        inner = _unwrap(content.get(wrapper), depth - 1)
+        if inner:
+            return inner
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor) and not value.is_meta
+    }
 
 
 def _first_line(error: Exception) -> str:
@@ -230,10 +258,19 @@ def _bare_names(stored) -> dict[str, str]:
     """
     stored = list(stored)
     for wrapper in WRAPPERS:
-        if any(name.startswith(f"{wrapper}.") for name in stored):
-            stored = [name for name in stored if name.startswith(f"{wrapper}.")]
-            return {_strip(name.removeprefix(f"{wrapper}.")): name for name in stored}
-    return {_strip(name): name for name in stored}
+        wrapped = [name for name in stored if name.startswith(f"{wrapper}.")]
+        if wrapped:
+            pairs = [(_strip(name.removeprefix(f"{wrapper}.")), name) for name in wrapped]
+            break
+    else:
+        pairs = [(_strip(name), name) for name in stored]
+    names = dict(pairs)
+    doubled = sorted({bare for bare, name in pairs if names[bare] != name})
+    if doubled:
+        raise ValueError(
+            f"the checkpoint has keys twice, with and without {PREFIXES}: {_list(doubled)}"
+        )
+    return names
 
 
 def _strip(name: str) -> str:
@@ -251,7 +288,11 @@ def infer_config(tensors: Tensors, path: Path | str = "checkpoint") -> dict:
         ValueError: a tensor that decides the configuration is missing or of the wrong rank.
     """
     shapes = tensors.shapes
-    wrong = [name for name, rank in LANDMARKS.items() if len(shapes.get(name, ())) != rank]
+    wrong = [
+        name
+        for name, rank in LANDMARKS.items()
+        if len(shapes.get(name, ())) != rank or 0 in shapes[name]
+    ]
     if wrong:
         raise ValueError(
             f"{path} is no latent DiffiT: it lacks {_list(wrong)} (or has them in another rank); "

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,8 +71,8 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--cfg_cond", type=_boolean, nargs="?", const=True, default=True, help="guide; default True"
     )
-    add("--cfg_scale", type=float, help="default as published: 4.4, or 1.49 at 512 pixels")
-    add("--scale_pow", type=float, default=4.0, help="of the guidance schedule; default 4")
+    add("--cfg_scale", type=_finite, help="default as published: 4.4, or 1.49 at 512 pixels")
+    add("--scale_pow", type=_finite, default=4.0, help="of the guidance schedule; default 4")
     add(
         "--use_ddim",
         type=_boolean,
@@ -81,6 +82,7 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="DDIM, eta 0; default False",
     )
     add("--classes", type=_classes, default=(), help="labels taken in turn, '207,360'; else drawn")
+    add("--split", type=_split, default=(0, 1), help="'0/4': the first of 4 processes' batches")
     add("--seed", type=int, default=0, help="every sample has its own numbers; default 0")
     add("--device", default=_default_device(), help="default %(default)s here")
     add("--dtype", choices=DTYPES, default="float32", help="of the network; default float32")
@@ -94,26 +96,27 @@ def sample(arguments: argparse.Namespace) -> None:
     check_extra()
     from tqdm import tqdm
 
-    device = torch.device(arguments.device)
     path = checkpoint.resolve(arguments.model_path)
     model = checkpoint.from_pretrained(
         path,
         use_fused_tmsa=arguments.use_fused_tmsa,
-        device=device,
+        device=arguments.device,
         dtype=DTYPES[arguments.dtype],
         backend=arguments.backend,
     )
     _check_labels(arguments.classes, model)
-    decoder = _decoder(arguments, path, model, device)
+    decoder = _decoder(arguments, path, model)
     run = SamplingRun(arguments.log_dir, _settings(arguments, path, model))
     total = arguments.num_samples
-    missing = len(run.missing(total))
-    if missing < total:
-        print(f"{total - missing} of {total} samples are in {run.shards} already")
+    done = total - len(run.missing(total))
+    if done:
+        print(f"{done} of {total} samples are in {run.shards} already")
+    split = arguments.split
+    missing = len(run.missing(total, arguments.batch_size, split))
     try:
         steps = arguments.num_sampling_steps
         with tqdm(total=missing * steps, unit="sample", unit_scale=1 / steps) as bar:
-            run.sample(model, total, arguments.batch_size, decoder, bar.update)
+            run.sample(model, total, arguments.batch_size, decoder, bar.update, split)
         if decoder is not None:
             run.decode_stored(decoder)
     except KeyboardInterrupt:
@@ -124,6 +127,10 @@ def sample(arguments: argparse.Namespace) -> None:
             file=sys.stderr,
         )
         raise
+    left = len(run.missing(total))
+    if left:
+        print(f"{left} samples are left to the other splits; the last one writes the .npz")
+        return
     print(f"wrote {run.assemble(total, 'latents' if decoder is None else 'images')}")
     if decoder is None:
         print("these are latents; the same command with --vae FOLDER_OR_HUB_ID decodes them")
@@ -146,9 +153,7 @@ def _settings(arguments: argparse.Namespace, path: Path, model: DiffiT) -> Setti
     )
 
 
-def _decoder(
-    arguments: argparse.Namespace, path: Path, model: DiffiT, device: torch.device
-) -> decode.Decoder | None:
+def _decoder(arguments: argparse.Namespace, path: Path, model: DiffiT) -> decode.Decoder | None:
     """What turns this checkpoint's latents into images, or None, said aloud."""
     shuffled = checkpoint.read_metadata(path).get("decoder") == "pixel_shuffle"
     factor = decode.SHUFFLE_FACTOR if shuffled else decode.VAE_FACTOR
@@ -163,7 +168,7 @@ def _decoder(
     if arguments.vae == "none":
         return None
     try:
-        return decode.vae_decoder(arguments.vae, device)
+        return decode.vae_decoder(arguments.vae, torch.device(arguments.device))
     except OSError as error:
         if arguments.vae != decode.VAE_ID:
             raise
@@ -190,10 +195,26 @@ def _default_device() -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
+
+
+def _split(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"must be k/n with k < n, as '0/4', got {text!r}")
+    return int(part), int(parts)
 
 
 def _boolean(text: str) -> bool:

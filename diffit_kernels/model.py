@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffit_kernels import fused
 from diffit_kernels.dispatch import check_backend
+from diffit_kernels.positions import relative_position_index, sincos_position_embedding
 
 
 class DiffiT(nn.Module):
@@ -439,26 +440,3 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(F.silu(self.norm_final(x)))
-
-
-def relative_position_index(window_size: tuple[int, int], device: torch.device) -> Tensor:
-    """(L, L) int64: the bias table's row for each pair (i, j) of an h × w window, row-major::
-
-    index[i, j] = (y_i - y_j + h - 1) · (2w - 1) + (x_i - x_j + w - 1)
-    """
-    h, w = window_size
-    y = torch.arange(h, device=device).repeat_interleave(w)
-    x = torch.arange(w, device=device).repeat(h)
-    dy = y[:, None] - y[None, :] + h - 1
-    dx = x[:, None] - x[None, :] + w - 1
-    return dy * (2 * w - 1) + dx
-
-
-def sincos_position_embedding(channels: int, side: int) -> Tensor:
-    """(side², C) float64: half the channels encode the column, half the row, each [sin | cos]."""
-    quarter = channels // 4
-    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat((angles.sin(), angles.cos()), 1)  # (side, C / 2)
-    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
-    return torch.cat((columns, rows), 1)

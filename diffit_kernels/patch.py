@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 
 from diffit_kernels import fused
 from diffit_kernels.dispatch import check_backend
-from diffit_kernels.model import TimeDependentAttention, relative_position_index
+from diffit_kernels.model import TimeDependentAttention
+from diffit_kernels.positions import relative_position_index
 
 ATTENTION_PARTS = (
     "qkv",

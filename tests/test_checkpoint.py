@@ -89,8 +89,9 @@ def test_arguments(model, tmp_path):
         from_pretrained(tmp_path, "c.safetensors")
     with pytest.raises(ValueError, match="filename='c' has no use"):
         from_pretrained(tmp_path / "a.safetensors", "c")
-    with pytest.raises(TypeError, match=r"dtype must be a floating-point type, got torch\.int8"):
-        from_pretrained(tmp_path, dtype=torch.int8)
+    for dtype in (torch.int8, "float16"):
+        with pytest.raises(TypeError, match="dtype must be one of"):
+            from_pretrained(tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
@@ -180,12 +181,15 @@ MISFITS = {
     r"another window layout: blocks\.0\.attn\.relative_position_index": lambda s: s[
         "blocks.0.attn.relative_position_index"
     ].copy_(s["blocks.0.attn.relative_position_index"].T.clone()),
+    "it lacks y_embedder.embedding_table.weight": lambda s: s.update(
+        {"y_embedder.embedding_table.weight": torch.zeros(0, 48)}
+    ),
     "is no latent DiffiT: it lacks pos_embed": lambda s: s.pop("pos_embed"),
     "pos_embed must have a square number of tokens, got 15": lambda s: s.update(
         {"pos_embed": torch.zeros(1, 15, 48)}
     ),
     "unexpected: .* and 2 more": lambda s: s.update({f"x{i}": torch.zeros(1) for i in range(10)}),
-    "weights must be of": lambda s: s.update(
+    "weights must be floating point, blocks.0.attn.proj.bias is torch.int8": lambda s: s.update(
         {"blocks.0.attn.proj.bias": torch.ones(48, dtype=torch.int8)}
     ),
 }
@@ -200,6 +204,39 @@ def test_misfits_are_named(message, suffix, model, tmp_path):
     save(state, tmp_path / f"a.{suffix}")
     with pytest.raises(ValueError, match=message):
         from_pretrained(tmp_path)
+
+
+def test_keys_that_collide_are_refused(model, tmp_path):
+    state = model.state_dict()
+    save_file(state | {"module.pos_embed": torch.zeros(1, 16, 48)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"keys twice, with and without .*: pos_embed"):
+        from_pretrained(tmp_path)
+
+
+def test_wrappers_without_tensors_are_passed_over(model, tmp_path):
+    state = model.state_dict()
+    for i, content in enumerate(
+        (
+            {"ema": {}, "model": state},
+            {"ema": {"decay": 0.99}, "model": state},
+            state | {5: INPUTS[0]},
+        )
+    ):
+        torch.save(content, tmp_path / f"{i}.pt")
+        check_loaded(from_pretrained(tmp_path / f"{i}.pt"), model)
+    recursive = {}
+    recursive["model"] = recursive
+    torch.save(recursive, tmp_path / "recursive.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        from_pretrained(tmp_path / "recursive.pt")
+
+
+def test_devices(model, tmp_path):
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="device 'nonsense' cannot be used"):
+        from_pretrained(tmp_path, device="nonsense")
+    with pytest.raises(ValueError, match="device 'meta' holds no weights"):
+        from_pretrained(tmp_path, device="meta")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"loss": 3.0}, {"model": {}}, torch.ones(3)], ids=str)

@@ -153,8 +153,36 @@ def test_damaged_and_lost_shards_are_computed_again(model, settings, tmp_path):
     assert run.assemble(6, "images").read_bytes() == expected
 
 
+def test_any_split_over_processes_gives_the_same_file(checkpoint, tmp_path, capsys):
+    arguments = [*SAMPLE, "--model_path", str(checkpoint), "--log_dir"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    for part in ("2/3", "0/3", "1/3"):
+        assert main([*arguments, str(tmp_path / "three"), "--split", part]) == 0
+    assert "4 samples are left to the other splits" in capsys.readouterr().out
+    one, three = (tmp_path / n / "samples_5x8x8x3.npz" for n in ("one", "three"))
+    assert one.read_bytes() == three.read_bytes()
+
+
+def test_two_runs_that_start_in_one_folder_do_not_mix(model, settings, tmp_path):
+    other = SamplingRun(tmp_path, Settings("", 5, 2.0, 4.0, False, 3, "float32", ()))
+    SamplingRun(tmp_path, settings).sample(model, 2, 2, None)
+    with pytest.raises(ValueError, match="samples of another run"):
+        other.sample(model, 4, 2, None)
+
+
+def test_strange_files_in_the_folder(model, settings, tmp_path):
+    run = SamplingRun(tmp_path, settings)
+    run.sample(model, 2, 2, None)
+    stranger = run.shards / "abcdefgh-ijklmnop.npz"
+    stranger.touch()
+    assert run.missing(2) == [] and stranger.exists()
+    run.record.write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json does not say what made the samples"):
+        SamplingRun(tmp_path, settings)
+
+
 def test_another_runs_folder_is_refused(model, settings, tmp_path):
-    SamplingRun(tmp_path, settings)
+    SamplingRun(tmp_path, settings).sample(model, 1, 1, None)
     other = Settings("", 5, 2.0, 4.0, False, 3, "float32", ())
     with pytest.raises(ValueError, match=r"another run: num_sampling_steps was 4, is now 5"):
         SamplingRun(tmp_path, other)
@@ -256,6 +284,8 @@ BAD = {
     "--classes must be in 0..9, got \\[10\\]": ["--classes", "1,10"],
     "backend 'triton' cannot run this on cpu": ["--backend", "triton", "--device", "cpu"],
     "sampling steps must be in 1..1000, got 2000": ["--num_sampling_steps", "2000"],
+    "seed must be >= 0, got -1": ["--seed", "-1"],
+    "device 'nonsense' cannot be used": ["--device", "nonsense"],
 }
 
 
@@ -265,12 +295,17 @@ def test_command_line_errors(message, checkpoint, tmp_path, capsys):
     assert main([*arguments, *BAD[message]]) == 2
     error = capsys.readouterr().err
     assert re.search(f"diffit-kernels: error: .*{message}", error), error
+    good = [*SAMPLE, "--model_path", str(checkpoint), "--log_dir", str(tmp_path / "out")]
+    assert main([*good, "--seed", "5"]) == 0, "a request that failed must not claim the folder"
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--num_samples", "0"], "must be at least 1, got 0"),
+        (["--num_samples", "0"], "must be a whole number, at least 1, got '0'"),
+        (["--num_samples", "3.5"], "must be a whole number, at least 1, got '3.5'"),
+        (["--cfg_scale", "nan"], "must be a finite number, got 'nan'"),
+        (["--split", "4/4"], "must be k/n with k < n, as '0/4', got '4/4'"),
         (["--cfg_cond", "maybe"], "must be True or False, got 'maybe'"),
         (["--classes", "cat"], "must be numbers with commas between, got 'cat'"),
         (["--backend", "cuda"], "invalid choice: 'cuda'"),

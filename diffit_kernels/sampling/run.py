@@ -8,6 +8,7 @@ there is whole. Started again, the run computes what is missing and nothing else
 import functools
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,9 @@ import torch
 from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling.decode import Decoder
 from diffit_kernels.sampling.denoise import denoise, initial_noise, sample_generator
+from diffit_kernels.sampling.schedule import respaced_timesteps
 
+SHARD = re.compile(r"\d{8}-\d{8}\.npz")
 GRID_SIDE = 8  # pictures in a row of the overview
 GRID_PIXELS = 64  # pictures smaller than this are enlarged to about it
 GRID_GAP = 4
@@ -52,18 +55,28 @@ class SamplingRun:
     """
 
     def __init__(self, folder: Path, settings: Settings):
+        if settings.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {settings.seed}")
+        respaced_timesteps(settings.num_sampling_steps)  # raises for a number it cannot make
         self.folder, self.settings = Path(folder), settings
-        self.shards = self.folder / "shards"
-        self.shards.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps(asdict(settings)))
-        record = self.folder / "run.json"
-        if not record.exists():
-            with written_aside(record) as file:
-                file.write(json.dumps(wanted, indent=1).encode())
-        found = json.loads(record.read_text())
-        if found != wanted:
-            keys = [key for key in wanted if found.get(key) != wanted[key]]
-            listing = "; ".join(f"{k} was {found.get(k)}, is now {wanted[k]}" for k in keys)
+        self.shards, self.record = self.folder / "shards", self.folder / "run.json"
+        self._wanted = json.loads(json.dumps(asdict(settings)))
+        self._check_record()
+
+    def _check_record(self) -> None:
+        """Raise ValueError if samples are there, and were made by other settings."""
+        if not self._paths():
+            return  # whatever was asked for here before left nothing
+        try:
+            found = dict(json.loads(self.record.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.record} does not say what made the samples beside it: {error}. "
+                "Take another --log_dir."
+            ) from error
+        if found != self._wanted:
+            keys = [key for key in self._wanted if found.get(key) != self._wanted[key]]
+            listing = "; ".join(f"{k} was {found.get(k)}, is now {self._wanted[k]}" for k in keys)
             raise ValueError(
                 f"{self.folder} holds samples of another run: {listing}. "
                 "Take another --log_dir, or the old settings to resume."
@@ -76,10 +89,14 @@ class SamplingRun:
         classes = self.settings.classes
         return (classes[index % len(classes)] if classes else drawn), generator
 
-    def missing(self, num_samples: int) -> list[int]:
-        """Indices below ``num_samples`` that no shard holds."""
+    def missing(
+        self, num_samples: int, batch_size: int = 1, split: tuple[int, int] = (0, 1)
+    ) -> list[int]:
+        """Indices below ``num_samples`` that no shard holds, of one process's batches."""
         done = {index for path in self._paths() for index in _span(path)}
-        return [index for index in range(num_samples) if index not in done]
+        part, parts = split
+        mine = (index for index in range(num_samples) if index // batch_size % parts == part)
+        return [index for index in mine if index not in done]
 
     def sample(
         self,
@@ -88,12 +105,14 @@ class SamplingRun:
         batch_size: int,
         decoder: Decoder | None,
         on_step: Callable[[int], None] = lambda samples: None,
+        split: tuple[int, int] = (0, 1),
     ) -> None:
         """Compute and store what is missing, in batches of consecutive samples.
 
-        ``on_step`` is called after every step with the number of samples in the batch.
+        ``on_step`` is called after every step with the number of samples in the batch. ``split``
+        (k, n) computes every n-th batch from the k-th on, as one of n processes on one folder.
         """
-        for indices in _runs(self.missing(num_samples), batch_size):
+        for indices in _runs(self.missing(num_samples, batch_size, split), batch_size):
             pairs = [self.label_and_generator(index, model.num_classes) for index in indices]
             labels, generators = zip(*pairs, strict=True)
             labels = torch.tensor(labels, device=model.pos_embed.device)
@@ -149,13 +168,18 @@ class SamplingRun:
         arrays = {"latents": latents.float().cpu().numpy(), "labels": labels.cpu().numpy()}
         if decoder is not None:
             arrays["images"] = decoder(latents)
+        self.shards.mkdir(parents=True, exist_ok=True)
+        self._check_record()
+        if not self._paths():
+            with written_aside(self.record) as file:
+                file.write(json.dumps(self._wanted, indent=1).encode())
         name = f"{indices[0]:08d}-{indices[-1] + 1:08d}.npz"
         with written_aside(self.shards / name) as file:
             np.savez(file, **arrays)
 
     def _paths(self) -> list[Path]:
         """Shards in order; those cut short are removed, so that they count as missing."""
-        paths = sorted(self.shards.glob("????????-????????.npz"))
+        paths = sorted(p for p in self.shards.glob("*.npz") if SHARD.fullmatch(p.name))
         for path in list(paths):
             if not zipfile.is_zipfile(path):
                 path.unlink()
