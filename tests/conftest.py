@@ -22,11 +22,17 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(
-    params=[name for name in BACKENDS if any(op.is_built(name) for op in REGISTRY.values())]
-)
+def pytest_generate_tests(metafunc):
+    """The ``backend`` fixture: every backend that all ops of the test's module (``OPS``) have."""
+    if "backend" in metafunc.fixturenames:
+        ops = [REGISTRY[name] for name in metafunc.module.OPS]
+        built = [name for name in BACKENDS if all(op.is_built(name) for op in ops)]
+        metafunc.parametrize("backend", built, indirect=True)
+
+
+@pytest.fixture
 def backend(request):
-    """Every backend this installation has; the test's fused calls run on it, or raise."""
+    """The test's fused calls run on this backend, or raise."""
     with use_backend(request.param):
         yield request.param
 

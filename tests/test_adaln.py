@@ -9,6 +9,7 @@ import reference
 from diffit_kernels.ops import adaln
 from tests.parity import assert_close, assert_parity
 
+OPS = ("adaln",)
 # name: (B, N, C)
 SHAPES = {
     "1152 channels": (2, 5, 1152),

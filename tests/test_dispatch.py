@@ -27,7 +27,7 @@ def module(name, factor, refusal=None):
 
 @pytest.fixture
 def toy(request):
-    """A stage with an eager backend, a native one that refuses, and a triton one that is broken."""
+    """A stage with an eager backend, a native one that refuses, and no triton one."""
     package = f"toy_{request.node.name}".replace("[", "_").replace("]", "")
     names = {
         package: types.ModuleType(package),

@@ -10,6 +10,7 @@ from diffit_kernels.dispatch import REGISTRY
 from diffit_kernels.ops import mlp
 from tests.parity import assert_close, assert_parity
 
+OPS = ("mlp",)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 

@@ -6,6 +6,7 @@ import torch
 from diffit_kernels.ops import time_projection, time_projections
 from tests.parity import assert_parity
 
+OPS = ("time_projection", "time_projections")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {"(B, N, K, M)": (2, 5, 16, 24), "odd": (3, 7, 13, 9), "one": (1, 1, 8, 8)}
 

@@ -7,6 +7,7 @@ import reference
 from diffit_kernels.ops import window_attention
 from tests.parity import assert_close, assert_parity
 
+OPS = ("window_attention",)
 # name: (B, H, W, heads, head_dim, window)
 CASES = {
     "global 16x16, head_dim 72": (2, 16, 16, 2, 72, (16, 16)),
