@@ -24,7 +24,7 @@ def device(request):
 
 def pytest_generate_tests(metafunc):
     """The ``backend`` fixture: every backend that all ops of the test's module (``OPS``) have."""
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OPS"):
         ops = [REGISTRY[name] for name in metafunc.module.OPS]
         built = [name for name in BACKENDS if all(op.is_built(name) for op in ops)]
         metafunc.parametrize("backend", built, indirect=True)
