@@ -50,7 +50,8 @@ def from_pretrained(
     Args:
         path_or_hub_id: a ``.safetensors`` file or one that ``torch.save`` wrote; a folder with
             such a file; a hub id such as ``"nvidia/DiffiT"`` (needs the ``hub`` extra); or
-            ``"digits"``, the small model that comes with the package. The tensors may lie bare or
+            ``"digits"``, the small model that comes with the package, also where a folder has that
+            name (``"./digits"`` is the folder). The tensors of a file may lie bare or
             under "ema", "model" or "state_dict" (looked for in this order), with the prefixes
             "module." and "_orig_mod.".
         filename: which file of the folder or repository; needed where there are several.
@@ -116,9 +117,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def resolve(path_or_hub_id: str | os.PathLike, filename: str | None = None) -> Path:
     """The checkpoint file that the arguments of :func:`from_pretrained` name."""
-    path = Path(path_or_hub_id)
-    if path_or_hub_id == "digits" and not path.exists():
+    if path_or_hub_id == "digits":
         return DIGITS
+    path = Path(path_or_hub_id)
     if path.is_dir():
         names = [p.name for p in sorted(path.iterdir()) if p.suffix in SUFFIXES]
         return path / _choose(names, filename, f"folder {path}")

@@ -127,7 +127,7 @@ class FusedOp:
         prefix: str = "",
     ):
         self.name = name
-        self._implementations: dict[str, ModuleType | None] = {}
+        self._implementations: dict[str, ModuleType] = {}
         self._missing: dict[str, tuple[str, bool]] = {}
         self._overloads: dict[str, Any] = {}
         self._prefix = prefix

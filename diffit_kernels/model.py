@@ -208,17 +208,16 @@ class DiffiT(nn.Module):
         """
         if cfg_scale is None:
             return self.forward(x, t, y)
-        self._check_inputs(x, t, y)
         if diffusion_steps < 1:
             raise ValueError(
                 f"forward_with_cfg: diffusion_steps must be >= 1, got {diffusion_steps}"
             )
-        if x.shape[0] % 2:
+        if len(x) % 2:
             raise ValueError(
                 "forward_with_cfg: the batch must be even, [conditional; null], "
-                f"got {x.shape[0]} samples"
+                f"got {len(x)} samples"
             )
-        half = x[: x.shape[0] // 2]
+        half = x[: len(x) // 2]
         out = self.forward(torch.cat((half, half)), t, y)
         guided, rest = out[:, :3], out[:, 3:]
         conditional, null = guided.chunk(2)

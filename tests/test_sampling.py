@@ -327,9 +327,19 @@ def test_missing_model_is_an_error_and_not_a_trace(capsys):
     assert "no such file or folder: nowhere.safetensors" in capsys.readouterr().err
 
 
-def test_packaged_checkpoint_by_name():
+def test_packaged_checkpoint_by_name_also_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    """As the README's command leaves one, which must be able to resume."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*SAMPLE, "--model_path", "digits", "--log_dir", "digits"]
+    assert main(arguments) == main(arguments) == 0
     model = from_pretrained("digits")
     assert (model.input_size, model.num_classes) == (4, 10)
+
+
+def test_log_dir_that_is_a_file(checkpoint, tmp_path, capsys):
+    arguments = [*SAMPLE, "--model_path", str(checkpoint), "--log_dir", str(checkpoint)]
+    assert main(arguments) == 2
+    assert "diffit-kernels: error: " in capsys.readouterr().err
 
 
 def test_a_killed_process_loses_at_most_its_batch(tmp_path):
