@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Pinned, and installed before anything that depends on it: no other package chooses a torch.
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -28,7 +29,7 @@ bench: $(READY)
 
 $(READY): pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install $(TORCH) $(TRITON)
 	$(BIN)/python -m pip install -e '.[test]'
 	touch $@
 

@@ -1,7 +1,13 @@
 """Fixtures and reporting shared by all tests."""
 
+import os
+
 import pytest
 import torch
+
+# Before anything imports triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from diffit_kernels.dispatch import BACKENDS, REGISTRY, use_backend
 
@@ -14,27 +20,35 @@ def pytest_report_header():
         for backend in BACKENDS
     }
     lines = [f"diffit_kernels {name}: {', '.join(ops) or 'none'}" for name, ops in built.items()]
-    return [f"torch {torch.__version__}, devices {DEVICES}", *lines]
+    triton = "interpreted on the CPU" if DEVICES == ["cpu"] else "on the GPU"
+    return [f"torch {torch.__version__}, devices {DEVICES}, triton {triton}", *lines]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
+def places(backend: str) -> list[str]:
+    """The devices on which the tests run a backend: Triton's on the CPU only without a GPU."""
+    return DEVICES[-1:] if backend == "triton" else DEVICES
 
 
 def pytest_generate_tests(metafunc):
-    """The ``backend`` fixture: every backend that all ops of the test's module (``OPS``) have."""
+    """``backend`` and ``device``: every backend that all ops of the test's module (``OPS``) have,
+    wherever it runs."""
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OPS"):
         ops = [REGISTRY[name] for name in metafunc.module.OPS]
         built = [name for name in BACKENDS if all(op.is_built(name) for op in ops)]
-        metafunc.parametrize("backend", built, indirect=True)
+        pairs = [(name, device) for name in built for device in places(name)]
+        metafunc.parametrize("backend, device", pairs, indirect=["backend"])
 
 
 @pytest.fixture
 def backend(request):
-    """The test's fused calls run on this backend, or raise."""
-    with use_backend(request.param):
-        yield request.param
+    """The test's fused calls run on this backend, or raise; what they leave unwritten is NaN."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    try:
+        with use_backend(request.param):
+            yield request.param
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(autouse=True)

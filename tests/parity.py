@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
+
+REFUSED_BY_TRITON = "Triton kernels take float32, bfloat16 and float16, got torch.float64"
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -60,3 +63,12 @@ def assert_parity(
         assert_close(
             actual, expected, 2 * relative_error(peer, expected) + floor, f"result {i} in {dtype}"
         )
+
+
+def assert_refused(
+    function: Callable, inputs: Sequence[Tensor | None], dtype: torch.dtype, reason: str
+) -> None:
+    """The requested backend says ``reason`` and names one that serves the case."""
+    with pytest.raises(NotImplementedError, match=reason) as caught:
+        function(*(None if t is None else t.to(dtype) for t in inputs))
+    assert "Backends that can: eager" in str(caught.value)

@@ -62,27 +62,27 @@ def test_every_part_is_optional(parts, backend, device):
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_either_result_alone_may_be_used(used, backend):
+def test_either_result_alone_may_be_used(used, backend, device):
     """Of the pair (x, out), the loss may see only one."""
     pick = (lambda *args: fused(*args)[used]), (lambda *args: literal(*args)[used])
     parts = ("x", "y", "gate") if used == 0 else NAMES
     assert_parity(*pick, make((2, 3, 24), parts=parts), torch.float32)
 
 
-def test_large_mean_keeps_its_digits(backend):
+def test_large_mean_keeps_its_digits(backend, device):
     """Mean 1000, deviation 1: the variance must not be a difference of squares."""
     x = torch.randn(2, 3, 256) + 1000
     assert_close(adaln(x), reference.adaln(x.double())[1], 1e-4)
 
 
-def test_constant_rows(backend):
+def test_constant_rows(backend, device):
     x = torch.full((1, 2, 16), 3.0, requires_grad=True)
     out = adaln(x)
     out.sum().backward()
     assert torch.equal(out, torch.zeros_like(out)) and x.grad.isfinite().all()
 
 
-def test_empty(backend):
+def test_empty(backend, device):
     inputs = make((0, 3, 8))
     out = fused(*inputs)
     assert out[0].shape == out[1].shape == (0, 3, 8)
@@ -100,7 +100,7 @@ def test_results_repeat_bitwise(backend, device):
 
 
 @pytest.mark.parametrize("wide, narrow", [(0, 1), (1, 0)])
-def test_mixed_dtypes_as_under_autocast(wide, narrow, backend):
+def test_mixed_dtypes_as_under_autocast(wide, narrow, backend, device):
     """Residual in float32 with branch and modulations in bfloat16, and the other way round."""
     dtypes = torch.float32, torch.bfloat16
     inputs = [t.bfloat16().to(dtypes[wide]).requires_grad_() for t in make((2, 3, 24))]
@@ -123,7 +123,7 @@ def test_mixed_dtypes_as_under_autocast(wide, narrow, backend):
         )
 
 
-def test_mixed_dtypes_without_a_gate(backend):
+def test_mixed_dtypes_without_a_gate(backend, device):
     x, y = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8).bfloat16()
     y.requires_grad_()
     adaln(x, y=y)[0].sum().backward()

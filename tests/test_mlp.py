@@ -36,13 +36,13 @@ def test_parity(sizes, approximate, dtype, backend, device):
 
 
 @pytest.mark.parametrize("bias", [2, 4])
-def test_biases_are_optional(bias, backend):
+def test_biases_are_optional(bias, backend, device):
     inputs = make()
     inputs[bias] = None
     assert_parity(mlp, literal, inputs, torch.float32)
 
 
-def test_extreme_values(backend):
+def test_extreme_values(backend, device):
     """GELU's tails: 0 far below, the identity far above, and finite slopes there."""
     inputs = [(1000 * t).requires_grad_() for t in make()]
     out = mlp(*inputs)
@@ -51,7 +51,7 @@ def test_extreme_values(backend):
     assert all(t.grad.isfinite().all() for t in inputs)
 
 
-def test_the_pre_activation_is_kept_for_a_gradient_only(backend):
+def test_the_pre_activation_is_kept_for_a_gradient_only(backend, device):
     """And a backward after a forward that kept nothing is still right."""
     inputs = [t.requires_grad_() for t in make()]
     op = REGISTRY["mlp"].overload(backend)
@@ -66,7 +66,7 @@ def test_the_pre_activation_is_kept_for_a_gradient_only(backend):
         assert_close(ours, expected, 1e-6)
 
 
-def test_empty(backend):
+def test_empty(backend, device):
     x, *parameters = make()
     assert mlp(x[:0], *parameters).shape == (0, 5, 24)
 

@@ -296,7 +296,8 @@ def test_bad_arguments(inputs):
     with pytest.raises(ValueError, match=r"batch must be even.*got 3 samples"):
         small().forward_with_cfg(*inputs, cfg_scale=2.0)
     with pytest.raises(NotImplementedError, match="backend 'triton' cannot run this on cpu"):
-        small(use_fused_tmsa=True, backend="triton")(*inputs)
+        double = small(use_fused_tmsa=True, backend="triton").double()
+        double(inputs[0].double(), *inputs[1:])
     small(use_fused_tmsa=False, backend="triton")(*inputs)
     with pytest.raises(ValueError, match="x must have 16 tokens, a 4 x 4 window, got 9"):
         small(use_fused_tmsa=True).blocks[0].attn(torch.zeros(1, 9, 48), torch.zeros(1, 48))

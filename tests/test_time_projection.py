@@ -54,7 +54,7 @@ def test_time_projections(blocks, with_bias, dtype, backend, device):
     assert_parity(*many(blocks, with_bias), inputs, dtype)
 
 
-def test_key_third_has_gradient_exactly_zero(backend):
+def test_key_third_has_gradient_exactly_zero(backend, device):
     temb, weight, bias = torch.randn(3, 8), torch.randn(12, 8), torch.randn(12)
     weight.requires_grad_(), bias.requires_grad_()
     time_projections(temb, [weight], [bias]).square().sum().backward()
@@ -64,7 +64,7 @@ def test_key_third_has_gradient_exactly_zero(backend):
         assert torch.count_nonzero(q) and torch.count_nonzero(v)
 
 
-def test_empty_batch(backend):
+def test_empty_batch(backend, device):
     temb = torch.randn(0, 8, requires_grad=True)
     weight = torch.randn(12, 8, requires_grad=True)
     out = time_projections(temb, [weight])

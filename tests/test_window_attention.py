@@ -70,13 +70,13 @@ def test_scale(backend, device):
     assert_parity(fused(shape), lambda *args: literal(*args, **shape), inputs, torch.float32)
 
 
-def test_one_number_is_a_square_window(backend):
+def test_one_number_is_a_square_window(backend, device):
     (qkv, table, temb), _ = make("windows 4x4")
     square = window_attention(qkv, table, temb, num_heads=2, window_size=4)
     assert torch.equal(square, window_attention(qkv, table, temb, num_heads=2, window_size=(4, 4)))
 
 
-def test_extreme_values(backend):
+def test_extreme_values(backend, device):
     """Scores of ±1e4 and a bias of ±1e4: softmax must subtract the row's maximum."""
     inputs, shape = make("global 4x4")
     qkv, table, temb = (100 * t for t in inputs)
@@ -86,7 +86,7 @@ def test_extreme_values(backend):
     assert_close(out, expected, 1e-4)
 
 
-def test_empty_batch(backend):
+def test_empty_batch(backend, device):
     (qkv, table, temb), shape = make("windows 4x4")
     qkv, temb = qkv[:0].requires_grad_(), temb[:0].requires_grad_()
     table.requires_grad_()
@@ -97,7 +97,7 @@ def test_empty_batch(backend):
     assert torch.equal(table.grad, torch.zeros_like(table))
 
 
-def test_strided_inputs(backend):
+def test_strided_inputs(backend, device):
     (qkv, table, temb), shape = make("windows 4x4")
     expected = window_attention(qkv, table, temb, **shape)
     strided = (
@@ -125,7 +125,7 @@ def test_results_repeat_bitwise(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-def test_float32_table_beside_bfloat16_tokens(backend):
+def test_float32_table_beside_bfloat16_tokens(backend, device):
     (qkv, table, temb), shape = make("windows 4x4")
     qkv = qkv.bfloat16().requires_grad_()
     table.requires_grad_()

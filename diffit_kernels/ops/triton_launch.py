@@ -1,0 +1,202 @@
+"""Launching Triton kernels: on which devices, with which tile sizes, or only on paper.
+
+Every launch of every stage goes through :func:`launch`, so that one context,
+:func:`recording`, yields the kernels of any call exactly as they would be compiled, on meta tensors
+and without a GPU: what ``python -m benchmarks resources`` and the tests compile ahead of time.
+
+Tile sizes come from a :class:`Tunable`: the table written by ``python -m benchmarks tune`` for the
+GPU at hand (``diffit_kernels/tuned/<GPU>.json``), else the stage's heuristic. Nothing is tuned at
+run time, so results are repeatable.
+"""
+
+import contextlib
+import functools
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+TUNED = Path(__file__).parent.parent / "tuned"
+OLDEST = 80
+INTERPRETED_AS = 90  # the interpreter takes this GPU's configurations, in small
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_state = threading.local()
+
+
+class Config(NamedTuple):
+    """How one kernel is launched: constexpr tile sizes by name, warps, and pipeline stages."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+class Call(NamedTuple):
+    """One recorded launch: everything that decides what is compiled, and the grid."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict[str, Any]
+    config: Config
+
+
+class Tunable:
+    """A kernel's choice of :class:`Config`: tuned table first, heuristic behind it.
+
+    Args:
+        name: "<op>.<kernel>", as in the tuned tables.
+        heuristic: ``(capability, **key) -> Config``, with capability 80, 90, ...
+        candidates: ``(**key) -> configs`` worth measuring, for the tuning command.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        heuristic: Callable[..., Config],
+        candidates: Callable[..., Sequence[Config]],
+    ):
+        self.name = name
+        self.heuristic = heuristic
+        self.candidates = candidates
+        TUNABLES[name] = self
+
+    def config(self, device: torch.device, **key: Any) -> Config:
+        """The configuration for ``key`` (dtype, sizes) on ``device``."""
+        capability, gpu = _target(device)
+        text = key_text(key)
+        forced = getattr(_state, "forced", {})
+        chosen = forced.get((self.name, text)) or _tuned_table(gpu).get(self.name, {}).get(text)
+        used = getattr(_state, "used", None)
+        if used is not None:
+            used[self.name, text] = key
+        return chosen or self.heuristic(capability, **key)
+
+
+TUNABLES: dict[str, Tunable] = {}
+
+
+def key_text(key: Mapping[str, Any]) -> str:
+    """A key as the tuned tables write it: ``"bfloat16 head_dim=72 tokens=256"``."""
+    rest = (f"{name}={key[name]}" for name in sorted(key) if name != "dtype")
+    return " ".join([str(key["dtype"]).removeprefix("torch."), *rest])
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def refusal(*tensors: Tensor | None) -> str | None:
+    """Why Triton kernels cannot take these tensors, or None: device and dtype, the common rules."""
+    device = tensors[0].device
+    if device.type == "cuda":
+        capability = _capability(device)
+        if capability < OLDEST:
+            return f"Triton kernels need an sm_{OLDEST} GPU or newer, got sm_{capability}"
+    elif not (device.type == "cpu" and interpreted()):
+        return f"Triton kernels run on NVIDIA GPUs, got tensors on {device.type}"
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"Triton kernels take float32, bfloat16 and float16, got {tensor.dtype}"
+    return None
+
+
+def launch(kernel, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
+    """Run ``kernel`` over ``grid`` on the device of its first argument, unless recording."""
+    if 0 in grid:
+        return
+    recorder = getattr(_state, "recorder", None)
+    if recorder is not None:
+        recorder[0].append(Call(kernel, grid, args, constants, config))
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](
+            *args,
+            **constants,
+            **config.blocks,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of float32 products: tf32 where PyTorch's own products may use it."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+@contextlib.contextmanager
+def recording(capability: int) -> Iterator[list[Call]]:
+    """Within the context launches are listed, not run, as for a GPU of ``capability``."""
+    calls: list[Call] = []
+    _state.recorder = (calls, capability)
+    try:
+        yield calls
+    finally:
+        _state.recorder = None
+
+
+@contextlib.contextmanager
+def keys_used() -> Iterator[dict[tuple[str, str], dict]]:
+    """Within the context, the (tunable, key) pairs that launches asked a configuration for."""
+    _state.used = {}
+    try:
+        yield _state.used
+    finally:
+        _state.used = None
+
+
+@contextlib.contextmanager
+def forcing(name: str, key: Mapping[str, Any], config: Config) -> Iterator[None]:
+    """Within the context, tunable ``name`` answers ``key`` with ``config``."""
+    previous = getattr(_state, "forced", {})
+    _state.forced = {**previous, (name, key_text(key)): config}
+    try:
+        yield
+    finally:
+        _state.forced = previous
+
+
+def _target(device: torch.device) -> tuple[int, str | None]:
+    """(capability, GPU name); no name, hence no tuned table, on paper and in the interpreter."""
+    recorder = getattr(_state, "recorder", None)
+    if recorder is not None:
+        return recorder[1], None
+    if device.type != "cuda":
+        return INTERPRETED_AS, None
+    return _capability(device), _gpu_name(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device).replace(" ", "_")
+
+
+@functools.cache
+def _tuned_table(gpu: str | None) -> dict[str, dict[str, Config]]:
+    path = TUNED / f"{gpu}.json"
+    if gpu is None or not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    return {
+        name: {
+            key: Config(entry["blocks"], entry["num_warps"], entry["num_stages"])
+            for key, entry in entries.items()
+        }
+        for name, entries in content["kernels"].items()
+    }
