@@ -21,6 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+from diffit_kernels.ops import triton_interpreter
+
 TUNED = Path(__file__).parent.parent / "tuned"
 OLDEST = 80
 INTERPRETED_AS = 90  # the interpreter takes this GPU's configurations, in small
@@ -93,6 +95,10 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+if interpreted():
+    triton_interpreter.repair()
+
+
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot take these tensors, or None: device and dtype, the common rules."""
     device = tensors[0].device
@@ -128,10 +134,16 @@ def launch(kernel, grid: tuple[int, ...], *args: Any, config: Config, **constant
         )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype of products, for keys: "tf32" for float32 where PyTorch's own may use it."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of float32 products: tf32 where PyTorch's own products may use it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    """``input_precision`` of ``tl.dot``: tf32 where PyTorch's own products may use it."""
+    return "tf32" if dtype_name(dtype) == "tf32" else "ieee"
 
 
 @contextlib.contextmanager
