@@ -1,35 +1,43 @@
-"""``python -m benchmarks report FILE.json``: the table of a file of rows, in Markdown."""
+"""``python -m benchmarks``: the commands around the measurements; see ``--help``."""
 
 import argparse
-import json
-from collections import defaultdict
+import os
+import sys
 from pathlib import Path
 
 
-def report(path: Path) -> str:
-    """Medians in ms by case and provider, and each provider's ratio to the literal one."""
-    content = json.loads(path.read_text())
-    cases = defaultdict(dict)
-    for row in content["benchmarks"]:
-        cases[row["group"]][row["extra_info"]["provider"]] = 1e3 * row["stats"]["median"]
-    providers = list(dict.fromkeys(name for case in cases.values() for name in case))
-    machine, commit = content["machine_info"], content["commit_info"]
-    lines = [
-        f"{machine['cpu']} ({machine['instructions']}, {machine['threads']} threads), "
-        f"GPU {machine['gpu']}, torch {machine['torch']}, Python {machine['python']}, "
-        f"commit {commit['id'][:10]}{' with changes' if commit['dirty'] else ''}",
-        "",
-        f"| median ms (literal / it) | {' | '.join(providers)} |",
-        f"|---|{'---|' * len(providers)}",
-    ]
-    for case, times in cases.items():
-        cells = (f"{times[name]:.1f} ({times['literal'] / times[name]:.2f}×)" for name in providers)
-        lines.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="the table of a file of rows, in Markdown")
+    report.add_argument("rows", type=Path, help="written by pytest benchmarks --benchmark-json")
+    resources = commands.add_parser(
+        "resources", help="registers, spills and shared memory of every kernel, without a GPU"
+    )
+    resources.add_argument("--target", type=int, action="append", help="80, 90, 100, 120")
+    resources.add_argument("--json", type=Path, help="also write the rows here")
+    tune = commands.add_parser("tune", help="choose tile sizes on the GPU at hand")
+    tune.add_argument("--budget", type=float, default=3600, help="seconds; run again to go on")
+    for command in (resources, tune):
+        command.add_argument("--only", default="", help="cases that match this pattern")
+    given = parser.parse_args(arguments)
+    if given.command == "report":
+        from benchmarks.report import report
+
+        print(report(given.rows))
+        return 0
+    if given.command == "tune":
+        from benchmarks.tune import tune
+
+        print(tune(given.only, given.budget))
+        return 0
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+    from benchmarks.resources import SHARED_MEMORY, print_resources
+
+    targets = given.target or list(SHARED_MEMORY)
+    return print_resources(given.json, targets, given.only, os.cpu_count())
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("command", choices=["report"])
-    parser.add_argument("rows", type=Path, help="written by pytest benchmarks --benchmark-json")
-    print(report(parser.parse_args().rows))
+    sys.exit(main(sys.argv[1:]))

@@ -3,10 +3,14 @@
 A case is a function of dtype and device that runs a stage's Triton forward and backward.
 """
 
-import functools
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
+from diffit_kernels.ops.mlp import triton_kernels as mlp
+from diffit_kernels.ops.time_projection import triton_kernels as time_projection
 from diffit_kernels.ops.window_attention import triton_kernels as window_attention
 
 DTYPES = {
@@ -15,6 +19,17 @@ DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,  # where PyTorch's own products may use it
 }
+
+
+@contextlib.contextmanager
+def with_dtype(dtype: str) -> Iterator[None]:
+    """Within the context float32 products are tf32 if ``dtype`` says so, and only then."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def attention(batch, height, width, heads, head_dim, window, dtype, device="meta"):
@@ -28,23 +43,62 @@ def attention(batch, height, width, heads, head_dim, window, dtype, device="meta
     return window_attention.backward(out, qkv, temb, table, out, lse, *shape)
 
 
+def projection(batch, tokens, channels, features, dtype, device="meta"):
+    x = torch.randn(batch, tokens, channels, dtype=dtype, device=device)
+    weight = torch.randn(features, channels, dtype=dtype, device=device)
+    bias = torch.randn(features, dtype=dtype, device=device)
+    temb = torch.randn(batch, features, dtype=dtype, device=device)
+    out = time_projection.forward(x, weight, bias, temb)
+    return out, *time_projection.backward(out, x, weight, bias, temb)
+
+
+def projections(blocks, batch, channels, dtype, device="meta"):
+    temb = torch.randn(batch, channels, dtype=dtype, device=device)
+    weights = list(torch.randn(blocks, 3 * channels, channels, dtype=dtype, device=device))
+    biases = list(torch.randn(blocks, 3 * channels, dtype=dtype, device=device))
+    out = time_projection.many_forward(temb, weights, biases)
+    dtemb, dweights, dbiases = time_projection.many_backward(out, temb, weights, biases)
+    return out, dtemb, *dweights, *dbiases
+
+
+def feed_forward(batch, tokens, channels, hidden, approximate, dtype, device="meta"):
+    x = torch.randn(batch, tokens, channels, dtype=dtype, device=device)
+    parameters = (
+        torch.randn(hidden, channels, dtype=dtype, device=device),
+        torch.randn(hidden, dtype=dtype, device=device),
+        torch.randn(channels, hidden, dtype=dtype, device=device),
+        torch.randn(channels, dtype=dtype, device=device),
+    )
+    out, kept = mlp.forward(x, *parameters, approximate, True)
+    return out, *mlp.backward(out, x, kept, *parameters, approximate)
+
+
+WINDOWS = {  # name: (B, H, W, heads, head_dim, window)
+    "256px": (64, 16, 16, 16, 72, (16, 16)),
+    "512px": (16, 32, 32, 16, 72, (32, 32)),
+    "8x8 d32": (64, 64, 64, 8, 32, (8, 8)),
+    "4x4 d32": (64, 32, 32, 8, 32, (4, 4)),
+    "7x7 d32": (64, 56, 56, 3, 32, (7, 7)),
+    "12x12 d32": (16, 48, 48, 6, 32, (12, 12)),
+    "18x18 d96": (4, 36, 36, 8, 96, (18, 18)),
+    "20x20 d72": (4, 20, 20, 16, 72, (20, 20)),
+    "2x32 d8": (4, 32, 32, 8, 8, (2, 32)),
+    "8x8 d128": (64, 16, 16, 8, 128, (8, 8)),
+    "16x16 d128": (16, 16, 16, 8, 128, (16, 16)),
+    "16x16 d40": (16, 16, 16, 8, 40, (16, 16)),
+    "8x8 d72": (64, 16, 16, 4, 72, (8, 8)),
+    "7x7 d96": (64, 14, 14, 3, 96, (7, 7)),
+    "4x4 d128": (64, 16, 16, 2, 128, (4, 4)),
+}
 CASES = {
-    f"window_attention {name}": functools.partial(attention, *sizes)
-    for name, sizes in {
-        "256px": (64, 16, 16, 16, 72, (16, 16)),
-        "512px": (16, 32, 32, 16, 72, (32, 32)),
-        "8x8 d32": (64, 64, 64, 8, 32, (8, 8)),
-        "4x4 d32": (64, 32, 32, 8, 32, (4, 4)),
-        "7x7 d32": (64, 56, 56, 3, 32, (7, 7)),
-        "12x12 d32": (16, 48, 48, 6, 32, (12, 12)),
-        "18x18 d96": (4, 36, 36, 8, 96, (18, 18)),
-        "20x20 d72": (4, 20, 20, 16, 72, (20, 20)),
-        "2x32 d8": (4, 32, 32, 8, 8, (2, 32)),
-        "8x8 d128": (64, 16, 16, 8, 128, (8, 8)),
-        "16x16 d128": (16, 16, 16, 8, 128, (16, 16)),
-        "16x16 d40": (16, 16, 16, 8, 40, (16, 16)),
-        "8x8 d72": (64, 16, 16, 4, 72, (8, 8)),
-        "7x7 d96": (64, 14, 14, 3, 96, (7, 7)),
-        "4x4 d128": (64, 16, 16, 2, 128, (4, 4)),
-    }.items()
+    **{f"window_attention {name}": partial(attention, *sizes) for name, sizes in WINDOWS.items()},
+    "time_projection 256px": partial(projection, 64, 256, 1152, 3456),
+    "time_projection 5 tokens": partial(projection, 3, 5, 1152, 3456),
+    "time_projection odd": partial(projection, 3, 50, 45, 99),
+    "time_projections 1 block": partial(projections, 1, 64, 1152),
+    "time_projections 28 blocks": partial(projections, 28, 64, 1152),
+    "time_projections odd": partial(projections, 3, 5, 33),
+    "mlp 256px": partial(feed_forward, 64, 256, 1152, 4608, "tanh"),
+    "mlp exact": partial(feed_forward, 64, 256, 1152, 4608, "none"),
+    "mlp odd": partial(feed_forward, 3, 5, 33, 131, "tanh"),
 }

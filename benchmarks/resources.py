@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.cases import CASES, DTYPES
+from benchmarks.cases import CASES, DTYPES, with_dtype
 from diffit_kernels.ops.triton_launch import Call, recording
 
 # Bytes of shared memory a thread block may have (CUDA C++ Programming Guide).
@@ -31,13 +31,8 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 def record(case: str, dtype: str, capability: int) -> list[Call]:
     """The launches of one case's forward and backward on a GPU of ``capability``."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    try:
-        with recording(capability) as calls:
-            CASES[case](DTYPES[dtype])
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    with with_dtype(dtype), recording(capability) as calls:
+        CASES[case](DTYPES[dtype])
     return calls
 
 
@@ -99,7 +94,7 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def main(out: Path | None, targets: list[int], only: str, jobs: int) -> int:
+def print_resources(out: Path | None, targets: list[int], only: str, jobs: int) -> int:
     """Compile all, print the table, write the rows; 1 if a kernel spills or does not fit."""
     cases = [case for case in CASES if re.search(only, case)]
     found = []
@@ -143,12 +138,16 @@ def _specialise(call: Call) -> tuple[dict, dict, dict]:
             constants.setdefault(name, value)
             continue
         signature[name] = _type(value)
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+        if isinstance(value, tuple):
+            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(value))}
+        elif isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
 
-def _type(value: Any) -> str:
+def _type(value: Any) -> str | tuple:
+    if isinstance(value, tuple):
+        return tuple(map(_type, value))
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
     if isinstance(value, float):

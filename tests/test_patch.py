@@ -323,7 +323,7 @@ def test_a_block_that_computes_something_else_keeps_its_forward(inputs):
 
 
 def test_backend_is_passed_on(model, inputs, monkeypatch):
-    monkeypatch.setattr("diffit_kernels.ops.triton_launch.interpreted", lambda: False)
+    monkeypatch.setattr("diffit_kernels.ops.triton_launch.INTERPRETED", False)
     patch(model, backend="triton")
     with pytest.raises(NotImplementedError, match=r"backend 'triton' cannot run this on cpu"):
         model(*inputs)

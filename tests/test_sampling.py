@@ -296,7 +296,7 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_command_line_errors(message, checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffit_kernels.ops.triton_launch.interpreted", lambda: False)
+    monkeypatch.setattr("diffit_kernels.ops.triton_launch.INTERPRETED", False)
     arguments = [*SAMPLE, "--model_path", str(checkpoint), "--log_dir", str(tmp_path / "out")]
     assert main([*arguments, *BAD[message]]) == 2
     error = capsys.readouterr().err

@@ -210,6 +210,11 @@ ERRORS = {
     r"window_size must be an int or two ints, got 4\.0": (TypeError, {"window_size": 4.0}),
     r"num_heads must be an int, got 2\.0": (TypeError, {"num_heads": 2.0}),
     "scale must be a number, got 'a'": (TypeError, {"scale": "a"}),
+    r"dropout_p must be a number in \[0, 1\), got 1": (ValueError, {"dropout_p": 1}),
+    r"no backend drops .* got dropout_p=0\.1: .* The literal equations can": (
+        NotImplementedError,
+        {"dropout_p": 0.1},
+    ),
 }
 
 

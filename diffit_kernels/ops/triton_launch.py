@@ -27,6 +27,10 @@ TUNED = Path(__file__).parent.parent / "tuned"
 OLDEST = 80
 INTERPRETED_AS = 90  # the interpreter takes this GPU's configurations, in small
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    triton_interpreter.repair()
 
 _state = threading.local()
 
@@ -90,15 +94,6 @@ def key_text(key: Mapping[str, Any]) -> str:
     return " ".join([str(key["dtype"]).removeprefix("torch."), *rest])
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
-    return bool(triton.knobs.runtime.interpret)
-
-
-if interpreted():
-    triton_interpreter.repair()
-
-
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot take these tensors, or None: device and dtype, the common rules."""
     device = tensors[0].device
@@ -106,7 +101,7 @@ def refusal(*tensors: Tensor | None) -> str | None:
         capability = _capability(device)
         if capability < OLDEST:
             return f"Triton kernels need an sm_{OLDEST} GPU or newer, got sm_{capability}"
-    elif not (device.type == "cpu" and interpreted()):
+    elif not (device.type == "cpu" and INTERPRETED):
         return f"Triton kernels run on NVIDIA GPUs, got tensors on {device.type}"
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in DTYPES:
@@ -118,19 +113,24 @@ def launch(kernel, grid: tuple[int, ...], *args: Any, config: Config, **constant
     """Run ``kernel`` over ``grid`` on the device of its first argument, unless recording."""
     if 0 in grid:
         return
-    recorder = getattr(_state, "recorder", None)
-    if recorder is not None:
-        recorder[0].append(Call(kernel, grid, args, constants, config))
-        return
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    call = Call(kernel, grid, args, constants, config)
+    intercept = getattr(_state, "intercept", None)
+    if intercept is None:
+        _run(call)
+    else:
+        intercept(call)
+
+
+def _run(call: Call) -> None:
+    device = next(arg.device for arg in call.args if isinstance(arg, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](
-            *args,
-            **constants,
-            **config.blocks,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        call.kernel[call.grid](
+            *call.args,
+            **call.constants,
+            **call.config.blocks,
+            num_warps=call.config.num_warps,
+            num_stages=call.config.num_stages,
         )
 
 
@@ -150,11 +150,28 @@ def dot_precision(dtype: torch.dtype) -> str:
 def recording(capability: int) -> Iterator[list[Call]]:
     """Within the context launches are listed, not run, as for a GPU of ``capability``."""
     calls: list[Call] = []
-    _state.recorder = (calls, capability)
+    _state.intercept, _state.paper = calls.append, capability
     try:
         yield calls
     finally:
-        _state.recorder = None
+        _state.intercept = _state.paper = None
+
+
+@contextlib.contextmanager
+def measuring(
+    measure: Callable[[Callable[[], None]], float],
+) -> Iterator[list[tuple[Call, float]]]:
+    """Within the context every launch runs through ``measure``; yields launches and numbers."""
+    numbers: list[tuple[Call, float]] = []
+
+    def intercept(call: Call) -> None:
+        numbers.append((call, measure(functools.partial(_run, call))))
+
+    _state.intercept = intercept
+    try:
+        yield numbers
+    finally:
+        _state.intercept = None
 
 
 @contextlib.contextmanager
@@ -180,15 +197,15 @@ def forcing(name: str, key: Mapping[str, Any], config: Config) -> Iterator[None]
 
 def _target(device: torch.device) -> tuple[int, str | None]:
     """(capability, GPU name); no name, hence no tuned table, on paper and in the interpreter."""
-    recorder = getattr(_state, "recorder", None)
-    if recorder is not None:
-        return recorder[1], None
+    paper = getattr(_state, "paper", None)
+    if paper is not None:
+        return paper, None
     if device.type != "cuda":
         return INTERPRETED_AS, None
     return _capability(device), _gpu_name(device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -17,6 +17,7 @@ def window_attention(
     num_heads: int,
     window_size: int | tuple[int, int],
     scale: float | None = None,
+    dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """TMSA's attention over non-overlapping windows (DiffiT, eq. 6).
@@ -39,6 +40,8 @@ def window_attention(
         num_heads: nH.
         window_size: tokens of a window, (h, w) or one number for both; h divides H, w divides W.
         scale: factor of the scores; default d ** -0.5.
+        dropout_p: probability of dropping an attention weight; no backend serves more than 0, as
+            rows would no longer sum to one (derivation 11).
         backend: see :mod:`diffit_kernels.dispatch`.
 
     Returns:
@@ -47,9 +50,17 @@ def window_attention(
 
     Raises:
         TypeError, ValueError: an argument breaks one of the rules above; the message has its value.
-        NotImplementedError: the requested backend cannot serve the case.
+        NotImplementedError: the requested backend cannot serve the case, or ``dropout_p`` > 0.
     """
     op = "window_attention"
+    if not (isinstance(dropout_p, float | int) and 0 <= dropout_p < 1):
+        raise ValueError(f"{op}: dropout_p must be a number in [0, 1), got {dropout_p!r}")
+    if dropout_p > 0:
+        raise NotImplementedError(
+            f"{op}: no backend drops attention weights, got dropout_p={dropout_p}: rows would no "
+            "longer sum to one, and v_t must stay inside. The literal equations can "
+            "(use_fused_tmsa=False, or the module's own forward, which patched models train with)."
+        )
     qkv, temb = autocast(qkv, temb)
     check_activation(op, "qkv", qkv, "B H W 3C")
     batch, height, width, channels3 = qkv.shape

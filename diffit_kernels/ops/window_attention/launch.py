@@ -90,7 +90,7 @@ def _query(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     if dtype == "float32":
         return _tiles(32, 32, 8, 1) if head_dim <= 80 else _tiles(16, 16, 4, 1)
     if dtype == "tf32":
-        return _tiles(32, 16, 4, 2)
+        return _tiles(32, 16, 4 if head_dim <= 80 else 8, 2)
     if capability in HOPPER_LIKE:
         return _tiles(128, 64 if head_dim <= 80 else 32, 8, 2)
     return _tiles(64, 32, 4, 2)
@@ -100,33 +100,58 @@ def _key(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     if dtype == "float32":
         return _tiles(32, 32, 8, 1) if head_dim <= 80 else _tiles(16, 16, 4, 1)
     if dtype == "tf32":
-        return _tiles(16, 32 if head_dim <= 80 else 16, 4, 2)
+        return _tiles(16, 32, 4, 2) if head_dim <= 80 else _tiles(16, 16, 4, 1)
     if capability in HOPPER_LIKE:
         return _tiles(32, 128, 8, 2) if head_dim <= 80 else _tiles(32, 64, 8, 2)
     return _tiles(32, 64 if head_dim <= 80 else 32, 4, 2)
 
 
 def _table(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
-    if dtype in ("float32", "tf32"):
-        return _tiles(32, 32, 8 if dtype == "float32" else 4, 2)
+    if dtype == "float32":
+        return _tiles(32, 32, 8, 2 if head_dim <= 64 else 1)
+    if dtype == "tf32":
+        return _tiles(32, 32, 4, 2)
     return _tiles(128, 32, 8, 2)
 
 
 def _small(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     tile = small_tile(dtype, head_dim)
-    narrow = capability == 90 or (capability not in HOPPER_LIKE and head_dim > 32)
+    narrow = capability == 90 or (80 <= capability < 90 and head_dim > 32)
     if tile == 16 or (tile == 64 and narrow):
         return Config({"BLOCK": tile}, 4, 1)
     return Config({"BLOCK": tile}, 8, 1)
 
 
-def _no_candidates(**key):
-    return []
+def _candidates(dtype: str, tokens: int, head_dim: int) -> list[Config]:
+    """Tiles for windows of several tiles; one that is shared must keep its size."""
+    tile = small_tile(dtype, head_dim)
+    if tokens <= tile:
+        return [_tiles(tile, tile, warps, 1) for warps in (2, 4, 8)]
+    sizes = (16, 32, 64) if dtype in ("float32", "tf32") else (32, 64, 128)
+    return [
+        _tiles(block_m, block_n, num_warps, num_stages)
+        for block_m in sizes
+        for block_n in sizes
+        for num_warps in (4, 8)
+        for num_stages in (1, 2, 3)
+        if block_m * block_n >= 512
+    ]
 
 
-FORWARD = Tunable("window_attention.forward", _forward, _no_candidates)
-QUERY = Tunable("window_attention.query", _query, _no_candidates)
-KEY = Tunable("window_attention.key", _key, _no_candidates)
-TABLE = Tunable("window_attention.table", _table, _no_candidates)
-SMALL_BACKWARD = Tunable("window_attention.small", _small, _no_candidates)
+def _table_candidates(dtype: str, tokens: int, head_dim: int) -> list[Config]:
+    """A tile holds at least one grid row of the largest window."""
+    candidates = _candidates(dtype, tokens, head_dim)
+    return [c for c in candidates if min(c.blocks.values()) >= 32]
+
+
+def _small_candidates(dtype: str, tokens: int, head_dim: int) -> list[Config]:
+    block = {"BLOCK": small_tile(dtype, head_dim)}
+    return [Config(block, num_warps, stages) for num_warps in (2, 4, 8) for stages in (1, 2)]
+
+
+FORWARD = Tunable("window_attention.forward", _forward, _candidates)
+QUERY = Tunable("window_attention.query", _query, _candidates)
+KEY = Tunable("window_attention.key", _key, _candidates)
+TABLE = Tunable("window_attention.table", _table, _table_candidates)
+SMALL_BACKWARD = Tunable("window_attention.small", _small, _small_candidates)
 REDUCE = Config({"BLOCK": 32}, num_warps=4, num_stages=1)

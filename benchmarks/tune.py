@@ -1,0 +1,156 @@
+"""Choose tile sizes on the GPU at hand, and write them for everyone who has the same one.
+
+For each case and dtype the launches say which keys they ask for. Every candidate is compiled ahead
+of time in parallel processes; one that spills or does not fit is dropped, the others are run: their
+results must agree with the heuristic's, then each kernel's own time decides. The table is written
+after every key, so a stop loses nothing, and keys already in it are not tuned again.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+
+from benchmarks.cases import CASES, DTYPES, with_dtype
+from benchmarks.resources import compile_call, problems, record
+from diffit_kernels.ops.triton_launch import (
+    TUNABLES,
+    TUNED,
+    Config,
+    forcing,
+    key_text,
+    keys_used,
+    measuring,
+)
+
+REPEATS = 20
+
+
+def tune(only: str, budget: float, measure: Callable | None = None, device: str = "cuda") -> Path:
+    """Tune all cases that match ``only`` within ``budget`` seconds; returns the table's path."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("tune: needs a CUDA device, and this machine has none")
+    gpu = torch.cuda.get_device_name().replace(" ", "_") if device == "cuda" else "interpreter"
+    table = TunedTable(TUNED / f"{gpu}.json")
+    deadline = time.monotonic() + budget
+    work = [(case, dtype) for case in CASES if re.search(only, case) for dtype in DTYPES]
+    for case, dtype in tqdm(work, desc="tuning"):
+        for name, key in keys_of(case, dtype, device):
+            if time.monotonic() > deadline:
+                print(f"the budget of {budget:.0f} s is spent; run again to go on")
+                return table.path
+            if key_text(key) not in table.kernels.get(name, {}):
+                best, milliseconds = fastest(name, key, case, dtype, measure or gpu_time, device)
+                table.add(name, key, best, milliseconds)
+    return table.path
+
+
+class TunedTable:
+    """``tuned/<GPU>.json``: by kernel and key the chosen configuration, and what it took."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = json.loads(path.read_text()) if path.exists() else {}
+        self.kernels = content.get("kernels", {})
+
+    def add(self, name: str, key: dict, config: Config, milliseconds: float) -> None:
+        """Add one entry, and replace the file as a whole."""
+        entry = {
+            "blocks": dict(config.blocks),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "milliseconds": round(milliseconds, 5),
+        }
+        self.kernels.setdefault(name, {})[key_text(key)] = entry
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        content = {"versions": versions, "kernels": self.kernels}
+        self.path.parent.mkdir(exist_ok=True)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        os.replace(aside, self.path)
+
+
+def keys_of(case: str, dtype: str, device: str) -> list[tuple[str, dict]]:
+    """The (tunable, key) pairs that one case asks for."""
+    with with_dtype(dtype), keys_used() as used:
+        CASES[case](DTYPES[dtype], device=device)
+    return [(name, key) for (name, _), key in used.items()]
+
+
+def fastest(
+    name: str, key: dict, case: str, dtype: str, measure: Callable, device: str
+) -> tuple[Config, float]:
+    """The fastest of the heuristic and its candidates that compiles well and computes the same."""
+    tunable = TUNABLES[name]
+    capability = 90
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    default = tunable.heuristic(capability, **key)
+    candidates = [c for c in tunable.candidates(**key) if c != default]
+    if device == "cuda":
+        candidates = _that_compile(name, key, candidates, case, dtype, capability)
+    expected, times = None, {}
+    for index, config in enumerate([default, *candidates]):
+        with with_dtype(dtype), forcing(name, key, config), measuring(measure) as numbers:
+            torch.manual_seed(0)
+            results = CASES[case](DTYPES[dtype], device=device)
+        if expected is None:
+            expected = results
+        if _agree(results, expected):
+            times[index] = sum(number for call, number in numbers if call.config is config)
+    best = min(times, key=times.get)
+    return [default, *candidates][best], times[best]
+
+
+def gpu_time(run: Callable[[], None]) -> float:
+    """Median milliseconds of a launch with a cold L2 cache, by events."""
+    cold = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+    run()
+    times = []
+    for _ in range(REPEATS):
+        cold.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _that_compile(name, key, candidates, case, dtype, capability) -> list[Config]:
+    """Compiled in parallel: the compiler's cache then has them when they are run."""
+    target = capability if capability in (80, 90, 100, 120) else 120
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        jobs = [
+            pool.submit(_compiles_well, name, key, config, case, dtype, target)
+            for config in candidates
+        ]
+        return [c for c, job in zip(candidates, jobs, strict=True) if job.result()]
+
+
+def _compiles_well(name, key, config, case, dtype, target) -> bool:
+    with forcing(name, key, config):
+        calls = record(case, dtype, target)
+    mine = [call for call in calls if call.config is config]
+    return not any(problems(compile_call(call, target)) for call in mine)
+
+
+def _agree(results, expected) -> bool:
+    """Within the rounding of the dtype; two orders of summation differ by less."""
+    for result, other in zip(results, expected, strict=True):
+        tolerance = 8 * torch.finfo(other.dtype).eps * other.float().abs().max().clamp(min=1)
+        if not bool(((result - other).float().abs() <= tolerance).all()):
+            return False
+    return True
