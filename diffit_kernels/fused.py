@@ -7,6 +7,8 @@ forward set on the instance, or another class in its place (an adapter, a quanti
 itself is called.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -14,21 +16,50 @@ from torch.nn.modules import module as nn_module
 from diffit_kernels.ops import adaln, mlp, time_projections, window_attention
 
 
+def blocks(modules: Iterable[nn.Module], kind: type, x: Tensor, temb: Tensor) -> Tensor:
+    """Blocks in a row, each of which leaves its last sum to the first norm of the next.
+
+    Passes over (B, N, C) activations of one such block, beside what its four products read and
+    write: residual and LN read x and m, write x and h; the attention reads q, k, v and writes a;
+    residual and LN read x and a, write x̂ and h: 7 reads and 5 writes, and in training 4 and 4 more
+    for GELU, whose input is kept. (The eager backend takes more: it reads x again for LN, and its
+    attention keeps scores.) Only bare modules of class ``kind`` with ``use_fused_tmsa`` are joined;
+    others are called.
+    """
+    branch = None
+    for module in modules:
+        if _is_bare(module, kind) and module.use_fused_tmsa:
+            x, branch = _halves(module, x, branch, temb, module.backend)
+        else:
+            x = x if branch is None else x + branch
+            x, branch = module(x, temb), None
+    return x if branch is None else x + branch
+
+
 def block(module: nn.Module, x: Tensor, temb: Tensor, *, backend: str | None) -> Tensor:
     """x̂ = x + attn(LN(x), temb);  x̂ + mlp(LN(x̂))  (DiffiT, eqs. 7 and 8).
 
-    Passes over (B, N, C) activations outside the products and the attention: LN reads x and writes
-    h; residual and LN read x and a, write x̂ and h; the last residual reads x̂ and m and writes x:
-    5 reads and 4 writes, where adaln is one pass (the eager backend reads x̂ once more).
+    One more read and as many writes as in :func:`blocks`: alone, a block reads x once less at its
+    start, and reads x̂ and m and writes x at its end.
     x: (B, N, C); temb: (B, C). Returns (B, N, C).
     """
-    attended = module.attn(norm(module.norm1, x, backend=backend), temb)
-    if _is_bare(module.norm2, nn.LayerNorm):
-        x, h = adaln(x, y=attended, **_affine(module.norm2), backend=backend)
-    else:
-        x = x + attended
-        h = norm(module.norm2, x, backend=backend)
-    return x + feed_forward(module.mlp, h, backend=backend)
+    x, branch = _halves(module, x, None, temb, backend)
+    return x + branch
+
+
+def _halves(module, x, branch, temb, backend):
+    """(x̂, mlp(LN(x̂))) for x + branch: a block without its last sum."""
+    x, h = _residual_norm(module.norm1, x, branch, backend)
+    x, h = _residual_norm(module.norm2, x, module.attn(h, temb), backend)
+    return x, feed_forward(module.mlp, h, backend=backend)
+
+
+def _residual_norm(module, x, branch, backend):
+    """(x + branch, LN of it), in one pass where the norm is a plain LayerNorm."""
+    if branch is not None and _is_bare(module, nn.LayerNorm):
+        return adaln(x, y=branch, **_affine(module), backend=backend)
+    x = x if branch is None else x + branch
+    return x, norm(module, x, backend=backend)
 
 
 def attention(module: nn.Module, x: Tensor, temb: Tensor | None, *, backend: str | None) -> Tensor:
@@ -109,9 +140,10 @@ def _is_bare(module: nn.Module, kind: type) -> bool:
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: a hook, or a forward of its own."""
+    """Whether calling the module is more than its class says: hooks, a forward set or compiled."""
     return bool(
         "forward" in vars(module)
+        or module._compiled_call_impl is not None
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

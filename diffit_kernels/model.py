@@ -169,8 +169,7 @@ class DiffiT(nn.Module):
         self._check_inputs(x, t, y)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, C)
         temb = self.t_embedder(t) + self.y_embedder(y, self.training)  # (B, C)
-        for block in self.blocks:
-            x = block(x, temb)  # (B, N, C)
+        x = fused.blocks(self.blocks, DiffiTBlock, x, temb)  # (B, N, C)
         x = self.final_layer(x)  # (B, N, p · p · out_channels)
         return self._unpatchify(x)  # (B, out_channels, S, S)
 

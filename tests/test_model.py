@@ -8,7 +8,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import reference
-from diffit_kernels import DiffiT, Diffit
+from diffit_kernels import DiffiT, Diffit, fused
+from diffit_kernels.model import DiffiTBlock
 from tests.golden_files import GOLDEN, LATENT, recording
 from tests.parity import assert_close
 from tests.test_reference import without_key_third
@@ -328,3 +329,53 @@ def test_full_size_checkpoint_in_the_published_format(size, tmp_path):
         literal = model(x, t, y)
     assert fused.shape == (2, 8, size // 8, size // 8)
     assert_close(fused, literal, 2e-5)
+
+
+class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
+    """Reads and writes of activations by everything but products, in units of one activation."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.reads, self.writes = size, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if (func.namespace == "diffit" and "mlp" not in str(func)) or "aten.add." in str(func):
+            outputs = results if isinstance(results, tuple) else (results,)
+            self.reads += sum(self.units(value) for value in args)
+            self.writes += sum(self.units(value) for value in outputs)
+        return results
+
+    def units(self, value):
+        return value.numel() // self.size if isinstance(value, torch.Tensor) else 0
+
+
+def test_blocks_pass_over_memory_as_often_as_they_say(inputs):
+    """The counts in the docstrings of fused.blocks and fused.block."""
+    model = small(use_fused_tmsa=True, depth=3)
+    x, temb = torch.randn(3, 16, 48), torch.randn(3, 48)
+    with torch.no_grad(), Traffic(x.numel()) as alone:
+        model.blocks[0](x, temb)
+    assert (alone.reads, alone.writes) == (8, 5)
+    with torch.no_grad(), Traffic(x.numel()) as joined:
+        out = fused.blocks(model.blocks, DiffiTBlock, x, temb)
+    first_has_no_sum, last_sum = (-1, -1), (2, 1)
+    assert joined.reads == 3 * 7 + first_has_no_sum[0] + last_sum[0]
+    assert joined.writes == 3 * 5 + first_has_no_sum[1] + last_sum[1]
+    one_by_one = x
+    for block in model.blocks:
+        one_by_one = block(one_by_one, temb)
+    assert torch.equal(out, one_by_one)
+
+
+def test_a_hooked_block_is_called(inputs):
+    """Joining blocks must not pass over what hangs on one of them."""
+    model = small(use_fused_tmsa=True, depth=3).eval()
+    expected = model(*inputs)
+    seen = []
+    hook = model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    assert_close(model(*inputs), expected, 1e-6)
+    assert len(seen) == 1 and seen[0].shape == (3, 16, 48)
+    hook.remove()
+    model.blocks[1].compile(backend="eager")
+    assert_close(model(*inputs), expected, 1e-6)
