@@ -9,6 +9,8 @@ from functools import partial
 
 import torch
 
+from diffit_kernels.ops.adaln import triton_kernels as adaln
+from diffit_kernels.ops.group_norm import triton_kernels as group_norm
 from diffit_kernels.ops.mlp import triton_kernels as mlp
 from diffit_kernels.ops.time_projection import triton_kernels as time_projection
 from diffit_kernels.ops.window_attention import triton_kernels as window_attention
@@ -41,6 +43,32 @@ def attention(batch, height, width, heads, head_dim, window, dtype, device="meta
     shape = (heads, window, head_dim**-0.5)
     out, lse = window_attention.forward(qkv, temb, table, *shape)
     return window_attention.backward(out, qkv, temb, table, out, lse, *shape)
+
+
+def layer_norm(batch, tokens, channels, parts, dtype, device="meta", per_token=False):
+    """The adaln op with some of y, gate, shift, scale, weight and bias; eps 1e-6."""
+    shape = batch, tokens, channels
+    sizes = dict.fromkeys(("gate", "shift", "scale"), shape if per_token else (batch, 1, channels))
+    sizes |= {"y": shape, "weight": (channels,), "bias": (channels,)}
+    x = torch.randn(shape, dtype=dtype, device=device)
+    given = {
+        name: torch.randn(size, dtype=dtype, device=device) if name in parts.split() else None
+        for name, size in sizes.items()
+    }
+    y, gate, shift, scale = (given[name] for name in ("y", "gate", "shift", "scale"))
+    rest = gate, shift, scale, given["weight"], given["bias"]
+    out, residual, mean, rstd = adaln.forward(x, y, *rest, 1e-6)
+    with_sum = (residual, residual) if y is not None else (None, x)
+    y = y if gate is not None else None  # without a gate its gradient is that of x
+    grads = adaln.backward(out, *with_sum, y, *rest, mean, rstd, 1e-6)
+    return out, *grads
+
+
+def cell_norm(batch, side, channels, num_groups, dtype, device="meta"):
+    x = torch.randn(batch, side, side, channels, dtype=dtype, device=device)
+    weight, bias = torch.randn(2, channels, dtype=dtype, device=device)
+    out, mean, rstd = group_norm.forward(x, weight, bias, num_groups, 1e-5)
+    return out, *group_norm.backward(out, x, weight, bias, mean, rstd, num_groups)
 
 
 def projection(batch, tokens, channels, features, dtype, device="meta"):
@@ -92,6 +120,19 @@ WINDOWS = {  # name: (B, H, W, heads, head_dim, window)
 }
 CASES = {
     **{f"window_attention {name}": partial(attention, *sizes) for name, sizes in WINDOWS.items()},
+    "adaln LN 256px": partial(layer_norm, 64, 256, 1152, ""),
+    "adaln residual 512px": partial(layer_norm, 16, 1024, 1152, "y"),
+    "adaln zero 256px": partial(layer_norm, 64, 256, 1152, "y gate shift scale"),
+    "adaln all 512px": partial(layer_norm, 16, 1024, 1152, "y gate shift scale weight bias"),
+    "adaln per token": partial(
+        layer_norm, 4, 256, 1152, "y gate shift scale weight bias", per_token=True
+    ),
+    "adaln 8192 wide": partial(layer_norm, 2, 256, 8192, "y gate shift scale weight bias"),
+    "adaln odd": partial(layer_norm, 3, 7, 33, "y gate shift scale weight bias"),
+    "adaln 256 wide": partial(layer_norm, 16, 1024, 256, "y weight bias"),
+    "group_norm 32x32x128": partial(cell_norm, 64, 32, 128, 32),
+    "group_norm 64x64x256": partial(cell_norm, 16, 64, 256, 8),
+    "group_norm odd": partial(cell_norm, 3, 5, 48, 3),
     "time_projection 256px": partial(projection, 64, 256, 1152, 3456),
     "time_projection 5 tokens": partial(projection, 3, 5, 1152, 3456),
     "time_projection odd": partial(projection, 3, 50, 45, 99),

@@ -120,10 +120,15 @@ def kernels() -> set[str]:
 
 def _rows_of(case: str, dtype: str, target: int) -> list[dict[str, Any]]:
     label = {"case": case, "dtype": dtype}
-    distinct = {}
-    for call in record(case, dtype, target):
-        distinct[repr((call.kernel.__name__, *_specialise(call), call.config))] = call
-    return [compile_call(call, target) | label for call in distinct.values()]
+    known = _distinct(case, "float32", target) if dtype == "tf32" else {}
+    calls = _distinct(case, dtype, target)
+    return [compile_call(calls[key], target) | label for key in calls if key not in known]
+
+
+def _distinct(case: str, dtype: str, target: int) -> dict[str, Call]:
+    """The launches of a case by what is compiled for them."""
+    calls = record(case, dtype, target)
+    return {repr((call.kernel.__name__, *_specialise(call), call.config)): call for call in calls}
 
 
 def _specialise(call: Call) -> tuple[dict, dict, dict]:

@@ -3,12 +3,14 @@
 import importlib.metadata
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
 import diffit_kernels
 from diffit_kernels.dispatch import BACKENDS, PREFERENCE, REGISTRY
 
+TUNED = Path(__file__).parent / "tuned"
 PACKAGES = ("triton", "diffusers", "safetensors", "huggingface_hub", "numpy")
 
 
@@ -51,7 +53,13 @@ def _backends() -> list[str]:
     for backend in BACKENDS:
         built = [name for name, op in REGISTRY.items() if op.is_built(backend)]
         lines.append(f"backend {backend:<6} built for: {', '.join(built) or 'nothing'}")
-    return lines
+    tables = sorted(path.stem for path in TUNED.glob("*.json"))
+    return [
+        *lines,
+        "triton kernels are tested in Triton's interpreter and compiled for sm_80 to sm_120; they "
+        "have not run on a GPU yet",
+        f"tile sizes tuned for: {', '.join(tables) or 'no GPU yet, heuristics serve'}",
+    ]
 
 
 def _ops() -> list[str]:

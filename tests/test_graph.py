@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from diffit_kernels import DiffiT
-from diffit_kernels.dispatch import BACKENDS, REGISTRY
+from diffit_kernels.dispatch import BACKENDS, REGISTRY, use_backend
 from diffit_kernels.ops import adaln
+from tests.conftest import places
 from tests.parity import assert_close
 
 
@@ -24,6 +25,11 @@ def strided(*shape):
 
 
 CALLS = {
+    "group_norm_silu": [
+        lambda: (random(2, 3, 4, 8), random(8), random(8), 2, 1e-5),
+        lambda: (random(2, 3, 4, 12), None, random(12), 4, 1e-5),
+        lambda: (strided(2, 3, 4, 8), None, None, 8, 1e-5),
+    ],
     "window_attention": [
         lambda: (random(2, 4, 6, 48), random(2, 32), random(15, 2), 2, [2, 3], 0.4),
         lambda: (random(2, 4, 6, 48), None, None, 2, [4, 6], 0.4),
@@ -61,6 +67,15 @@ CALLS = {
 }
 
 
+def moved(value, device):
+    """Arguments with their tensors as leaves on ``device``, strides kept."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, torch.Tensor) and device != "cpu":
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+    return value
+
+
 def test_every_op_is_covered():
     assert set(CALLS) == set(REGISTRY)
 
@@ -76,7 +91,8 @@ def test_every_op_is_covered():
     ],
 )
 def test_opcheck(name, backend, case):
-    torch.library.opcheck(REGISTRY[name].overload(backend), CALLS[name][case]())
+    args = CALLS[name][case]()
+    torch.library.opcheck(REGISTRY[name].overload(backend), moved(args, places(backend)[-1]))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -94,6 +110,11 @@ def test_forward_mode_is_an_error():
     x = torch.randn(1, 2, 8)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
         adaln(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def shipped():
+    """The backends that have every op, for whole models."""
+    return [name for name in BACKENDS if all(op.is_built(name) for op in REGISTRY.values())]
 
 
 @pytest.fixture
@@ -131,6 +152,24 @@ def test_the_model_compiles_whole_with_gradients(model, inputs):
             assert_close(p.grad, gradients[name], 1e-11, name)
 
 
+@pytest.mark.parametrize("backend", shipped())
+def test_the_model_trains_in_one_graph_on_each_backend(backend, model, inputs):
+    """Through autograd's own tracing, where fakes decide shapes and strides; in float32."""
+    place = places(backend)[-1]
+    model, inputs = model.to(place), [value.to(place) for value in inputs]
+    expected = model(*inputs)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    with use_backend(backend):
+        out = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
+        assert_close(out, expected, 2e-5)
+        out.square().sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert_close(p.grad, gradients[name], 1e-4, name)
+
+
 def test_toggling_reaches_compiled_code(model, inputs):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = compiled(*inputs)
@@ -138,12 +177,16 @@ def test_toggling_reaches_compiled_code(model, inputs):
     assert_close(compiled(*inputs), expected, 2e-5)
 
 
-def test_the_model_exports_and_keeps_the_fused_ops(model, inputs):
+@pytest.mark.parametrize("backend", shipped())
+def test_the_model_exports_and_keeps_the_fused_ops(backend, model, inputs):
+    place = places(backend)[-1]
+    model, inputs = model.to(place), tuple(value.to(place) for value in inputs)
+    model.backend = backend
     batch = torch.export.Dim("batch", min=2, max=64)
     shapes = ({0: batch}, {0: batch}, {0: batch})
     program = torch.export.export(model, inputs, dynamic_shapes=shapes)
     ops = [str(node.target) for node in program.graph.nodes if "diffit" in str(node.target)]
-    assert ops.count("diffit.window_attention.eager") == 2
+    assert ops.count(f"diffit.window_attention.{backend}") == 2
     more = tuple(torch.cat((value, value)) for value in inputs)
     with torch.no_grad():
         assert_close(program.module()(*more), model(*more), 2e-5)

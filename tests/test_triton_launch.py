@@ -35,16 +35,24 @@ def test_the_tuned_table_comes_before_the_heuristic(tunable, tmp_path, monkeypat
     table = tune.TunedTable(tmp_path / "Some_GPU.json")
     table.add("toy.kernel", key, Config({"BLOCK": 7}, 2, 3), 0.25)
     monkeypatch.setattr(triton_launch, "TUNED", tmp_path)
-    monkeypatch.setattr(triton_launch, "_target", lambda device: (90, "Some_GPU"))
+    monkeypatch.setattr(triton_launch, "target_of", lambda device: (90, "Some_GPU"))
     triton_launch._tuned_table.cache_clear()
     device = torch.device("cpu")
     assert tunable.config(device, **key) == Config({"BLOCK": 7}, 2, 3)
     assert tunable.config(device, **{**key, "size": 6}) == Config({"BLOCK": 90})
     with forcing("toy.kernel", key, Config({"BLOCK": 1})):
         assert tunable.config(device, **key) == Config({"BLOCK": 1})
-    monkeypatch.setattr(triton_launch, "_target", lambda device: (80, "Other_GPU"))
+    monkeypatch.setattr(triton_launch, "target_of", lambda device: (80, "Other_GPU"))
     assert tunable.config(device, **key) == Config({"BLOCK": 80})
     triton_launch._tuned_table.cache_clear()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"kernels": {"a": {"b": {}}}}'])
+def test_a_broken_table_is_named(content, tmp_path, monkeypatch):
+    (tmp_path / "Broken.json").write_text(content)
+    monkeypatch.setattr(triton_launch, "TUNED", tmp_path)
+    with pytest.raises(ValueError, match=r"Broken\.json is not a table of tile sizes .* delete it"):
+        triton_launch._tuned_table("Broken")
 
 
 def test_keys_are_written_in_one_order():
@@ -110,10 +118,10 @@ def test_tuning_keeps_the_fastest_that_computes_the_same(tmp_path, monkeypatch):
 
 
 def test_a_candidate_that_computes_something_else_is_dropped():
-    right = [torch.ones(3), torch.zeros(2)]
-    assert tune._agree(right, [torch.ones(3) + 1e-7, torch.zeros(2)])
-    assert not tune._agree([torch.ones(3) + 1e-3, torch.zeros(2)], right)
-    assert not tune._agree([torch.full((3,), float("nan")), torch.zeros(2)], right)
+    right = [torch.ones(3), torch.zeros(2), torch.ones(0)]
+    assert tune._agree([torch.ones(3) + 1e-7, *right[1:]], right, 1e-5)
+    assert not tune._agree([torch.ones(3) + 1e-3, *right[1:]], right, 1e-5)
+    assert not tune._agree([torch.full((3,), float("nan")), *right[1:]], right, 1e-5)
 
 
 def test_tuning_needs_a_gpu():

@@ -71,18 +71,25 @@ class Tunable:
         self.name = name
         self.heuristic = heuristic
         self.candidates = candidates
+        self._known: dict[tuple, Config] = {}
         TUNABLES[name] = self
 
     def config(self, device: torch.device, **key: Any) -> Config:
         """The configuration for ``key`` (dtype, sizes) on ``device``."""
-        capability, gpu = _target(device)
-        text = key_text(key)
-        forced = getattr(_state, "forced", {})
-        chosen = forced.get((self.name, text)) or _tuned_table(gpu).get(self.name, {}).get(text)
-        used = getattr(_state, "used", None)
-        if used is not None:
-            used[self.name, text] = key
-        return chosen or self.heuristic(capability, **key)
+        target = target_of(device)
+        if getattr(_state, "used", None) is not None:
+            _state.used[self.name, key_text(key)] = key
+        forced = getattr(_state, "forced", None)
+        if forced and (config := forced.get((self.name, key_text(key)))):
+            return config
+        short = (target, *key.values())
+        if short not in self._known:
+            self._known[short] = self._choose(*target, key)
+        return self._known[short]
+
+    def _choose(self, capability: int, gpu: str | None, key: dict[str, Any]) -> Config:
+        tuned = _tuned_table(gpu).get(self.name, {}).get(key_text(key))
+        return tuned or self.heuristic(capability, **key)
 
 
 TUNABLES: dict[str, Tunable] = {}
@@ -97,6 +104,8 @@ def key_text(key: Mapping[str, Any]) -> str:
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot take these tensors, or None: device and dtype, the common rules."""
     device = tensors[0].device
+    if torch.version.hip:
+        return "Triton kernels run on NVIDIA GPUs, and this torch is built for AMD's"
     if device.type == "cuda":
         capability = _capability(device)
         if capability < OLDEST:
@@ -195,25 +204,23 @@ def forcing(name: str, key: Mapping[str, Any], config: Config) -> Iterator[None]
         _state.forced = previous
 
 
-def _target(device: torch.device) -> tuple[int, str | None]:
+def target_of(device: torch.device) -> tuple[int, str | None]:
     """(capability, GPU name); no name, hence no tuned table, on paper and in the interpreter."""
     paper = getattr(_state, "paper", None)
     if paper is not None:
         return paper, None
-    if device.type != "cuda":
-        return INTERPRETED_AS, None
-    return _capability(device), _gpu_name(device)
+    return _gpu(device) if device.type == "cuda" else (INTERPRETED_AS, None)
 
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _gpu(device)[0]
 
 
 @functools.cache
-def _gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device).replace(" ", "_")
+def _gpu(device: torch.device) -> tuple[int, str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, torch.cuda.get_device_name(device).replace(" ", "_")
 
 
 @functools.cache
@@ -221,11 +228,17 @@ def _tuned_table(gpu: str | None) -> dict[str, dict[str, Config]]:
     path = TUNED / f"{gpu}.json"
     if gpu is None or not path.exists():
         return {}
-    content = json.loads(path.read_text())
-    return {
-        name: {
-            key: Config(entry["blocks"], entry["num_warps"], entry["num_stages"])
-            for key, entry in entries.items()
+    try:
+        kernels = json.loads(path.read_text())["kernels"]
+        return {
+            name: {
+                key: Config(entry["blocks"], entry["num_warps"], entry["num_stages"])
+                for key, entry in entries.items()
+            }
+            for name, entries in kernels.items()
         }
-        for name, entries in content["kernels"].items()
-    }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a table of tile sizes ({type(error).__name__}: {error}); delete it, or "
+            "write it again with `python -m benchmarks tune`"
+        ) from error
