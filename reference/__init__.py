@@ -4,6 +4,7 @@ Imports nothing of the package it judges. README.md beside this file has the der
 """
 
 from reference.adaln import adaln, adaln_zero_block, layer_norm, modulate
+from reference.group_norm import group_norm_silu
 from reference.latent import block, guided, latent_diffit, mlp
 from reference.tmsa import (
     partition_windows,
@@ -18,6 +19,7 @@ __all__ = [
     "adaln",
     "adaln_zero_block",
     "block",
+    "group_norm_silu",
     "guided",
     "latent_diffit",
     "layer_norm",

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import reference
+from diffit_kernels.dispatch import REGISTRY
 from diffit_kernels.ops import adaln
-from tests.parity import assert_close, assert_parity
+from tests.parity import REFUSED_BY_TRITON, assert_close, assert_parity, assert_refused
 
 OPS = ("adaln",)
 # name: (B, N, C)
@@ -44,7 +45,10 @@ def literal(*inputs):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parity(shape, per_token, dtype, backend, device):
     inputs = make(SHAPES[shape], per_token=per_token, device=device)
-    assert_parity(fused, literal, inputs, dtype)
+    if backend == "triton" and dtype == torch.float64:
+        assert_refused(fused, inputs, dtype, REFUSED_BY_TRITON)
+    else:
+        assert_parity(fused, literal, inputs, dtype)
 
 
 COMBINATIONS = [
@@ -66,32 +70,85 @@ def test_either_result_alone_may_be_used(used, backend, device):
     """Of the pair (x, out), the loss may see only one."""
     pick = (lambda *args: fused(*args)[used]), (lambda *args: literal(*args)[used])
     parts = ("x", "y", "gate") if used == 0 else NAMES
-    assert_parity(*pick, make((2, 3, 24), parts=parts), torch.float32)
+    assert_parity(*pick, make((2, 3, 24), parts=parts, device=device), torch.float32)
+
+
+MIXED = {
+    "scale per token": ("scale",),
+    "shift per token": ("shift",),
+    "gate per token": ("gate",),
+    "gate per sample": ("shift", "scale"),
+}
+
+
+@pytest.mark.parametrize("per_token", MIXED)
+def test_modulations_per_sample_and_per_token_may_be_mixed(per_token, backend, device):
+    """Every gradient that is a sum then follows from sums of its own."""
+    given = dict(zip(NAMES, make((2, 5, 24), device=device), strict=True))
+    given |= {name: torch.randn(2, 5, 24, device=device) for name in MIXED[per_token]}
+    assert_parity(fused, literal, list(given.values()), torch.float32)
+
+
+LAYOUTS = {
+    "chunks of one projection": lambda t: torch.stack((t, t), -2)[..., 0, :],
+    "channels apart": lambda t: torch.stack((t, t), -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs(layout, backend, device):
+    inputs = [t.requires_grad_() for t in make((2, 5, 24), device=device)]
+    views = [LAYOUTS[layout](t) for t in inputs]
+    assert not any(view.is_contiguous() for view in views[:5])
+    results = []
+    for function, arguments in ((fused, views), (literal, inputs)):
+        out = function(*arguments)
+        results.append([*out, *torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])])
+    for ours, expected in zip(*results, strict=True):
+        assert_close(ours, expected, 1e-5)
+
+
+@pytest.mark.parametrize("parts", [NAMES, ("x", "weight", "bias")], ids="+".join)
+@pytest.mark.parametrize("shape", [(2, 70, 40), (1, 300, 8), (1, 9, 4100)], ids=str)
+def test_many_rows_and_wide_ones(shape, parts, backend, device):
+    """Several rows at once, several chunks of a sample, and sums that take a second launch."""
+    assert_parity(fused, literal, make(shape, parts=parts, device=device), torch.float32)
+
+
+def test_the_widest_row_of_triton():
+    refuse = REGISTRY["adaln"].refusal
+    for channels, refused in ((8192, False), (8193, True)):
+        reason = refuse("triton", torch.empty(1, 1, channels), *[None] * 6, 1e-6)
+        assert ("C must be 1 to 8192, got 8193" in (reason or "")) == refused
 
 
 def test_large_mean_keeps_its_digits(backend, device):
     """Mean 1000, deviation 1: the variance must not be a difference of squares."""
-    x = torch.randn(2, 3, 256) + 1000
+    x = torch.randn(2, 3, 256, device=device) + 1000
     assert_close(adaln(x), reference.adaln(x.double())[1], 1e-4)
 
 
 def test_constant_rows(backend, device):
-    x = torch.full((1, 2, 16), 3.0, requires_grad=True)
+    x = torch.full((1, 2, 16), 3.0, device=device, requires_grad=True)
     out = adaln(x)
     out.sum().backward()
     assert torch.equal(out, torch.zeros_like(out)) and x.grad.isfinite().all()
 
 
 def test_empty(backend, device):
-    inputs = make((0, 3, 8))
-    out = fused(*inputs)
-    assert out[0].shape == out[1].shape == (0, 3, 8)
+    """Of no samples, and of no tokens: gradients that are sums are zero."""
+    for shape in (0, 3, 8), (2, 0, 8):
+        inputs = [t.requires_grad_() for t in make(shape, device=device)]
+        out = fused(*inputs)
+        assert out[0].shape == out[1].shape == shape
+        torch.autograd.backward(out, out)
+        assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in inputs)
 
 
 def test_results_repeat_bitwise(backend, device):
     def run():
         torch.manual_seed(0)
-        leaves = [t.requires_grad_() for t in make((4, 64, 1152), device=device)]
+        leaves = [t.requires_grad_() for t in make((2, 10, 1152), device=device)]
         x, out = fused(*leaves)
         (x + out).square().sum().backward()
         return [x, out, *(t.grad for t in leaves)]
@@ -103,7 +160,8 @@ def test_results_repeat_bitwise(backend, device):
 def test_mixed_dtypes_as_under_autocast(wide, narrow, backend, device):
     """Residual in float32 with branch and modulations in bfloat16, and the other way round."""
     dtypes = torch.float32, torch.bfloat16
-    inputs = [t.bfloat16().to(dtypes[wide]).requires_grad_() for t in make((2, 3, 24))]
+    inputs = make((2, 3, 24), device=device)
+    inputs = [t.bfloat16().to(dtypes[wide]).requires_grad_() for t in inputs]
     for i in (1, 2, 3, 4):
         inputs[i] = inputs[i].detach().to(dtypes[narrow]).requires_grad_()
     if wide:
@@ -124,8 +182,8 @@ def test_mixed_dtypes_as_under_autocast(wide, narrow, backend, device):
 
 
 def test_mixed_dtypes_without_a_gate(backend, device):
-    x, y = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8).bfloat16()
-    y.requires_grad_()
+    x = torch.randn(2, 3, 8, device=device, requires_grad=True)
+    y = torch.randn(2, 3, 8, device=device).bfloat16().requires_grad_()
     adaln(x, y=y)[0].sum().backward()
     assert y.grad.dtype == torch.bfloat16 and torch.equal(y.grad, torch.ones_like(y))
 

@@ -257,3 +257,39 @@ def test_13_gelu_derivative_from_the_pre_activation():
     tanh = torch.tanh(k * (h + 0.044715 * h**3))
     actual = 0.5 * (1 + tanh) + 0.5 * h * (1 - tanh**2) * k * (1 + 0.134145 * h**2)
     assert_close(actual, expected, EXACT)
+
+
+def test_14_group_norm_from_parts_and_its_backward():
+    batch, groups, channels = 2, 3, 12
+    x, w, b = random(batch, 4, 5, channels), random(channels), random(channels)
+    out = reference.group_norm_silu(x, w, b, num_groups=groups)
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (x, w, b), dout)
+
+    parts = x.detach().reshape(batch, 20, groups, -1).split((7, 13), 1)
+    n_k = [part.shape[1] * part.shape[3] for part in parts]
+    m_k = [part.mean((1, 3), keepdim=True) for part in parts]
+    squares = [
+        ((part - m) ** 2).sum((1, 3), keepdim=True) for part, m in zip(parts, m_k, strict=True)
+    ]
+    n = sum(n_k)
+    mean = sum(count * m for count, m in zip(n_k, m_k, strict=True)) / n
+    var = (
+        sum(s + count * (m - mean) ** 2 for s, count, m in zip(squares, n_k, m_k, strict=True)) / n
+    )
+    grouped = x.detach().reshape(batch, 20, groups, -1)
+    assert_close(mean, grouped.mean((1, 3), keepdim=True), EXACT, "mean")
+    assert_close(var, grouped.var((1, 3), correction=0, keepdim=True), EXACT, "variance")
+
+    sigma = (var + 1e-5).sqrt()
+    normed = (grouped - mean) / sigma
+    weight, bias = (t.detach().view(groups, -1) for t in (w, b))
+    z = weight * normed + bias
+    s = torch.sigmoid(z)
+    dz = dout.reshape(grouped.shape) * s * (1 + z * (1 - s))
+    by_channel = dz.sum(1), (dz * normed).sum(1)  # (batch, groups, channels of a group)
+    mean_g, mean_gx = ((weight * sums).sum(-1)[:, None, :, None] / n for sums in by_channel)
+    dx = (weight * dz - mean_g - normed * mean_gx) / sigma
+    actual = dx.reshape(x.shape), by_channel[1].sum(0).view(-1), by_channel[0].sum(0).view(-1)
+    for name, ours, theirs in zip(("dx", "dweight", "dbias"), actual, expected, strict=True):
+        assert_close(ours, theirs, EXACT, name)

@@ -4,6 +4,7 @@ Reasoned from registers, shared memory and bytes in flight, and not yet measured
 """
 
 import torch
+import triton
 
 from diffit_kernels.ops.triton_launch import Config, Tunable
 
@@ -29,7 +30,7 @@ def row_chunks(rows: int, programs_each: int, block_m: int) -> tuple[int, int]:
 
 def batch_bucket(batch: int) -> int:
     """The batch size of a key: the power of two that covers it, 16 to 64."""
-    return min(64, max(16, 1 << max(batch - 1, 0).bit_length()))
+    return min(64, max(16, triton.next_power_of_2(batch)))
 
 
 def _tiles(block_n: int, block_m: int, block_k: int, num_warps: int, num_stages: int) -> Config:

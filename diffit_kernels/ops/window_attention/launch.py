@@ -6,6 +6,8 @@ registers, shared memory and bytes in flight, and have not been measured on hard
 
 from typing import NamedTuple
 
+import triton
+
 from diffit_kernels.ops.triton_launch import Config, Tunable
 
 PROGRAMS = 1024  # of the kernels that sum over windows: a few for each of 80 to 170 SMs
@@ -37,7 +39,7 @@ def small_tile(dtype: str, head_dim: int) -> int:
 def tiling(dtype: str, tokens: int, head_dim: int) -> Tiling:
     """The head's parts and the windows of a tile: 72 -> 64 + 16; 16 tokens -> 4 windows of 64."""
     d1, d2 = parts(head_dim, 64 if dtype in ("float32", "tf32") else 128)
-    padded = next_power_of_2(tokens)
+    padded = triton.next_power_of_2(tokens)
     return Tiling(d1, d2, max(1, small_tile(dtype, head_dim) // padded), padded)
 
 
@@ -46,14 +48,10 @@ def parts(head_dim: int, widest: int = 128) -> tuple[int, int]:
 
     A product of 4-byte numbers keeps a row of both operands in registers: there 128 = 64 + 64.
     """
-    whole = max(16, next_power_of_2(head_dim))
+    whole = max(16, triton.next_power_of_2(head_dim))
     first = max(16, whole // 2)
-    rest = max(16, next_power_of_2(head_dim - first)) if head_dim > first else 0
+    rest = max(16, triton.next_power_of_2(head_dim - first)) if head_dim > first else 0
     return (first, rest) if first + rest < whole or whole > widest else (whole, 0)
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def split(items: int, programs_each: int) -> tuple[int, int]:
@@ -111,7 +109,9 @@ def _table(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
         return _tiles(32, 32, 8, 2 if head_dim <= 64 else 1)
     if dtype == "tf32":
         return _tiles(32, 32, 4, 2)
-    return _tiles(128, 32, 8, 2)
+    if capability in HOPPER_LIKE or head_dim <= 80:
+        return _tiles(128, 32, 8, 2)
+    return _tiles(64, 32, 4, 2)
 
 
 def _small(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:

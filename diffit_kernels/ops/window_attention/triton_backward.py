@@ -68,6 +68,7 @@ def query_kernel(
     TILES: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
     EVEN_M: tl.constexpr = TOKENS % BLOCK_M == 0
     EVEN_N: tl.constexpr = TOKENS % BLOCK_N == 0
+    STEPPED: tl.constexpr = EVEN_N and BLOCK_N % WINDOW_W == 0  # as in the forward
     pid = tl.program_id(0)
     tile = pid % TILES
     head = (pid // TILES) % num_heads
@@ -105,6 +106,8 @@ def query_kernel(
     place = query_place(tl.where(valid, token, 0), WINDOW_H, WINDOW_W)
     if HAS_BIAS:
         table_ptr += head * ((2 * WINDOW_H - 1) * (2 * WINDOW_W - 1))
+        if STEPPED:
+            index = place[:, None] - key_place(tl.arange(0, BLOCK_N), WINDOW_W)[None, :]
 
     acc_1 = tl.zeros((BLOCK_M, D1), tl.float32)
     acc_2 = tl.zeros((BLOCK_M, D2 if D2 > 0 else 16), tl.float32)
@@ -123,8 +126,11 @@ def query_kernel(
         )
         scores = dot_heads(q_1, q_2, k_1, k_2, D2, PRECISION) * (scale * LOG2E)
         if HAS_BIAS:
-            index = place[:, None] - key_place(tl.where(key_valid, key, 0), WINDOW_W)[None, :]
+            if not STEPPED:
+                index = place[:, None] - key_place(tl.where(key_valid, key, 0), WINDOW_W)[None, :]
             scores += tl.load(table_ptr + index)
+            if STEPPED:
+                table_ptr -= BLOCK_N // WINDOW_W * (2 * WINDOW_W - 1)
         scores = mask_scores(scores, window, window, key, TOKENS, 1, EVEN_N)
         probs = tl.exp2(scores - lse[:, None])
         dprobs = dot_heads(dout_1, dout_2, v_1, v_2, D2, PRECISION)
@@ -151,6 +157,7 @@ def key_kernel(
     dout_ptr,
     dqkv_ptr,
     dtemb_ptr,
+    time_score_ptr,
     num_heads,
     windows_per_sample,
     windows_across,
@@ -172,12 +179,14 @@ def key_kernel(
 
     q_t is added neither to q's tiles nor before a rounding: in the scores it is one number per key,
     q_t · k, and in dk the outer product of dS's sums over the queries with q_t.
+    time_score_ptr: as lse, gets that number for the table's kernel.
     dtemb_ptr: (windows · tiles, C) float32, summed by sample afterwards.
     """
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     TILES: tl.constexpr = (TOKENS + BLOCK_N - 1) // BLOCK_N
     EVEN_M: tl.constexpr = TOKENS % BLOCK_M == 0
     EVEN_N: tl.constexpr = TOKENS % BLOCK_N == 0
+    STEPPED: tl.constexpr = EVEN_M and BLOCK_M % WINDOW_W == 0  # as in the forward
     pid = tl.program_id(0)
     tile = pid % TILES
     head = (pid // TILES) % num_heads
@@ -202,9 +211,14 @@ def key_kernel(
         sample = window // windows_per_sample
         t_1, t_2 = load_time(temb_ptr, sample, key_valid, 2 * channels, column, HEAD_DIM, D1, D2, 1)
         time_score = sum_heads(k_1.to(tl.float32) * t_1, k_2.to(tl.float32) * t_2, D2)
+        at_key = (window.to(tl.int64) * num_heads + head) * TOKENS + key
+        tl.store(time_score_ptr + at_key, time_score, mask=key_valid)
     place = key_place(tl.where(key_valid, key, 0), WINDOW_W)
     if HAS_BIAS:
         table_ptr += head * ((2 * WINDOW_H - 1) * (2 * WINDOW_W - 1))
+        if STEPPED:
+            query = query_place(tl.arange(0, BLOCK_M), WINDOW_H, WINDOW_W)
+            index = query[None, :] - place[:, None]
 
     dk_1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dk_2 = tl.zeros((BLOCK_N, D2 if D2 > 0 else 16), tl.float32)
@@ -230,8 +244,12 @@ def key_kernel(
             scores += time_score[:, None]
         scores *= scale * LOG2E
         if HAS_BIAS:
-            index = query_place(tl.where(valid, token, 0), WINDOW_H, WINDOW_W)
-            scores += tl.load(table_ptr + (index[None, :] - place[:, None]))
+            if not STEPPED:
+                query = query_place(tl.where(valid, token, 0), WINDOW_H, WINDOW_W)
+                index = query[None, :] - place[:, None]
+            scores += tl.load(table_ptr + index)
+            if STEPPED:
+                table_ptr += BLOCK_M // WINDOW_W * (2 * WINDOW_W - 1)
         probs = tl.exp2(scores - lse[None, :])
         rounded = probs.to(q_1.dtype)
         dv_1 = tl.dot(rounded, dout_1, dv_1, input_precision=PRECISION)

@@ -53,6 +53,8 @@ def forward_kernel(
     TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     EVEN_M: tl.constexpr = PACK == 1 and TOKENS % BLOCK_M == 0
     EVEN_N: tl.constexpr = PACK == 1 and TOKENS % BLOCK_N == 0
+    # Where every tile begins a grid row, the next one's bias is as far on as the table's rows are.
+    STEPPED: tl.constexpr = EVEN_N and BLOCK_N % WINDOW_W == 0
     pid = tl.program_id(0)
     tile = pid % TILES
     head = (pid // TILES) % num_heads
@@ -76,6 +78,8 @@ def forward_kernel(
     place = query_place(tl.where(valid, token, 0), WINDOW_H, WINDOW_W)
     if HAS_BIAS:
         table_ptr += head * ((2 * WINDOW_H - 1) * (2 * WINDOW_W - 1))
+        if STEPPED:
+            index = place[:, None] - key_place(tl.arange(0, BLOCK_N), WINDOW_W)[None, :]
 
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -93,8 +97,11 @@ def forward_kernel(
         )
         scores = dot_heads(q_1, q_2, k_1, k_2, D2, PRECISION) * scale_log2
         if HAS_BIAS:
-            index = place[:, None] - key_place(tl.where(key_valid, key, 0), WINDOW_W)[None, :]
+            if not STEPPED:
+                index = place[:, None] - key_place(tl.where(key_valid, key, 0), WINDOW_W)[None, :]
             scores += tl.load(table_ptr + index)
+            if STEPPED:
+                table_ptr -= BLOCK_N // WINDOW_W * (2 * WINDOW_W - 1)
         scores = mask_scores(scores, window, key_window, key, TOKENS, PACK, EVEN_N)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         probs = tl.exp2(scores - new_max[:, None])

@@ -146,10 +146,11 @@ def _large_backward(shape, grad_out, qkv, temb, table, out, lse, scale, constant
     config = tiles.KEY.config(qkv.device, **shape.key)
     count = -(-shape.tokens // config.blocks["BLOCK_N"])
     dv_time = _float32(qkv, shape.windows * count, shape.channels) if has_time else None
+    time_score = torch.empty_like(lse) if has_time else None
     launch(
         key_kernel,
         (count * shape.num_heads * shape.windows,),
-        *(qkv, temb, table, lse, delta, grad_out, dqkv, dv_time),
+        *(qkv, temb, table, lse, delta, grad_out, dqkv, dv_time, time_score),
         *(*shape.geometry, scale),
         config=config,
         HAS_BIAS=has_bias,
@@ -166,7 +167,7 @@ def _large_backward(shape, grad_out, qkv, temb, table, out, lse, scale, constant
     launch(
         table_kernel,
         (splits * programs,),
-        *(qkv, temb, table, lse, delta, grad_out, parts, shape.windows),
+        *(qkv, table, lse, delta, time_score, grad_out, parts, shape.windows),
         *(*shape.geometry, each, scale),
         config=config,
         **constants,

@@ -15,9 +15,7 @@ from diffit_kernels.ops.window_attention.triton_tiles import (
     grid_rows,
     key_place,
     load_head,
-    load_time,
     query_place,
-    sum_heads,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -64,10 +62,10 @@ def sum_offsets(
 @triton.jit
 def table_kernel(
     qkv_ptr,
-    temb_ptr,
     table_ptr,
     lse_ptr,
     delta_ptr,
+    time_score_ptr,
     dout_ptr,
     dtable_ptr,
     num_windows,
@@ -139,16 +137,11 @@ def table_kernel(
             qkv_ptr, key_rows, key_valid, stride, channels + column, HEAD_DIM, D1, D2, EVEN_N
         )
         scores = dot_heads(q_1, q_2, k_1, k_2, D2, PRECISION)
+        stat = (window.to(tl.int64) * num_heads + head) * TOKENS
         if HAS_TIME:
-            sample = window // windows_per_sample
-            t_1, t_2 = load_time(
-                temb_ptr, sample, key_valid, 2 * channels, column, HEAD_DIM, D1, D2, 1
-            )
-            time_score = sum_heads(k_1.to(tl.float32) * t_1, k_2.to(tl.float32) * t_2, D2)
-            scores += time_score[None, :]
-        stat = (window.to(tl.int64) * num_heads + head) * TOKENS + query
-        lse = tl.load(lse_ptr + stat, mask=valid, other=float("inf")) * LOG2E
-        delta = tl.load(delta_ptr + stat, mask=valid, other=0.0)
+            scores += tl.load(time_score_ptr + stat + key, mask=key_valid, other=0.0)[None, :]
+        lse = tl.load(lse_ptr + stat + query, mask=valid, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + stat + query, mask=valid, other=0.0)
         probs = tl.exp2(scores * (scale * LOG2E) + (bias - lse[:, None]))
         dout_1, dout_2 = load_head(
             dout_ptr, rows, valid, channels, column, HEAD_DIM, D1, D2, EVEN_M
