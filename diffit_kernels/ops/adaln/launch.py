@@ -41,7 +41,7 @@ def _forward(capability: int, *, dtype: torch.dtype, channels: int, rows: int) -
 
 def _forward_candidates(*, dtype: torch.dtype, channels: int, rows: int) -> list[Config]:
     c1, _ = parts(channels)
-    some = {1, _rows(c1, rows), min(4 * _rows(c1, rows), triton.next_power_of_2(rows))}
+    some = {1, _rows(c1, rows), min(4 * _rows(c1, rows), triton.next_power_of_2(max(rows, 1)))}
     fitting = [(r, w) for r in sorted(some) for w in (1, 2, 4, 8, 16) if 256 <= r * c1 // w <= 2048]
     return [_forward_config(channels, *pair) for pair in fitting or [(1, 1)]]
 
@@ -53,7 +53,7 @@ def _forward_config(channels: int, block_rows: int, warps: int) -> Config:
 
 def _rows(c1: int, rows: int) -> int:
     """Rows per program, for about 512 values, and no more than there are."""
-    return min(max(1, 512 // c1), triton.next_power_of_2(rows))
+    return min(max(1, 512 // c1), triton.next_power_of_2(max(rows, 1)))
 
 
 def _backward(

@@ -11,8 +11,6 @@ import triton
 from diffit_kernels.ops.triton_launch import Config, Tunable
 
 PROGRAMS = 1024  # of the kernels that sum over windows: a few for each of 80 to 170 SMs
-
-
 HOPPER_LIKE = (90, 100)  # products of 16-bit numbers straight from shared memory
 
 
@@ -77,11 +75,12 @@ def _forward(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     if tokens <= tile:
         return _tiles(tile, tile, 4 if dtype != "float32" or tile == 16 else 8, 1)
     if dtype == "float32":
-        tile, num_warps = (32, 4 if head_dim <= 64 else 8) if head_dim <= 80 else (16, 4)
-        return _tiles(tile, tile, num_warps, 1)
-    if dtype != "tf32" and capability in HOPPER_LIKE:
+        return _tiles(32 if head_dim <= 64 else 16, 32 if head_dim <= 80 else 16, 4, 1)
+    if dtype == "tf32":
+        return _tiles(64 if head_dim <= 80 else 32, 32, 4, 2)
+    if capability in HOPPER_LIKE:
         return _tiles(128, 64 if head_dim <= 80 else 32, 8, 2)
-    return _tiles(64 if dtype != "tf32" or head_dim <= 80 else 32, 32, 4, 2)
+    return _tiles(64, 32, 4, 2)
 
 
 def _query(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
@@ -95,10 +94,11 @@ def _query(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
 
 
 def _key(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
-    if dtype == "float32":
-        return _tiles(32, 32, 8, 1) if head_dim <= 80 else _tiles(16, 16, 4, 1)
-    if dtype == "tf32":
-        return _tiles(16, 32, 4, 2) if head_dim <= 80 else _tiles(16, 16, 4, 1)
+    if dtype == "float32" and 64 < head_dim <= 80:
+        return _tiles(32, 32, 8, 1)
+    if dtype in ("float32", "tf32"):
+        stages = 2 if dtype == "tf32" and head_dim <= 80 else 1
+        return _tiles(16, 32 if head_dim <= 64 else 16, 4, stages)
     if capability in HOPPER_LIKE:
         return _tiles(32, 128, 8, 2) if head_dim <= 80 else _tiles(32, 64, 8, 2)
     return _tiles(32, 64 if head_dim <= 80 else 32, 4, 2)
@@ -108,7 +108,7 @@ def _table(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     if dtype == "float32":
         return _tiles(32, 32, 8, 2 if head_dim <= 64 else 1)
     if dtype == "tf32":
-        return _tiles(32, 32, 4, 2)
+        return _tiles(32, 32, 4 if head_dim <= 96 else 8, 2)
     if capability in HOPPER_LIKE or head_dim <= 80:
         return _tiles(128, 32, 8, 2)
     return _tiles(64, 32, 4, 2)
