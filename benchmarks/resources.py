@@ -44,7 +44,7 @@ def compile_call(call: Call, capability: int) -> dict[str, Any]:
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _usage(compiled.asm["cubin"])
     return {
-        "kernel": call.kernel.__name__,
+        "kernel": name_of(call),
         "target": capability,
         "config": dict(call.config.blocks) | options,
         "registers": usage["REG"],
@@ -109,12 +109,18 @@ def print_resources(out: Path | None, targets: list[int], only: str, jobs: int) 
     return 1 if wrong else 0
 
 
+def name_of(call: Call) -> str:
+    """``<stage>.<function>``: stages have kernels of the same name."""
+    return f"{call.kernel.fn.__module__.split('.')[-2]}.{call.kernel.fn.__name__}"
+
+
 def kernels() -> set[str]:
     """The names of all kernels of the package: its jitted functions that end in ``_kernel``."""
     root = Path(importlib.import_module("diffit_kernels").__file__).parent
     names = set()
     for path in root.glob("ops/*/triton_*.py"):
-        names |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
+        found = re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+        names |= {f"{path.parent.name}.{name}" for name in found}
     return names
 
 
@@ -128,7 +134,7 @@ def _rows_of(case: str, dtype: str, target: int) -> list[dict[str, Any]]:
 def _distinct(case: str, dtype: str, target: int) -> dict[str, Call]:
     """The launches of a case by what is compiled for them."""
     calls = record(case, dtype, target)
-    return {repr((call.kernel.__name__, *_specialise(call), call.config)): call for call in calls}
+    return {repr((name_of(call), *_specialise(call), call.config)): call for call in calls}
 
 
 def _specialise(call: Call) -> tuple[dict, dict, dict]:
