@@ -26,12 +26,13 @@ DTYPES = {
 @contextlib.contextmanager
 def with_dtype(dtype: str) -> Iterator[None]:
     """Within the context float32 products are tf32 if ``dtype`` says so, and only then."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        products.fp32_precision = before
 
 
 def attention(batch, height, width, heads, head_dim, window, dtype, device="meta"):

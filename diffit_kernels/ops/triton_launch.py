@@ -145,7 +145,7 @@ def _run(call: Call) -> None:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The dtype of products, for keys: "tf32" for float32 where PyTorch's own may use it."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return str(dtype).removeprefix("torch.")
 

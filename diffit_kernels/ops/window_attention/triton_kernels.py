@@ -1,9 +1,9 @@
 """window_attention on NVIDIA GPUs, in Triton: the launchers. The kernels are in triton_*.py.
 
-Passes over memory: the forward reads qkv and writes out and lse. The backward of windows up to 64
-tokens reads qkv and dO and writes dqkv, all once. That of larger windows reads q, k, v and dO in
-three kernels (dq; dk and dv; the table), out in the first, and writes dqkv once; k and v, or q and
-dO, are read again by every tile of a window, which the L2 cache serves.
+Passes over memory: the forward reads qkv and writes out and lse. The backward of windows that fit one
+tile (of 64 tokens in half precision) reads qkv and dO and writes dqkv, all once. That of larger ones
+reads q, k, v and dO in three kernels (dq; dk and dv; the table), out in the first, and writes dqkv
+once. k and v, or q and dO, are read again by every tile of a window, which the L2 cache serves.
 """
 
 import torch
@@ -11,12 +11,9 @@ import torch
 from diffit_kernels.ops import triton_launch
 from diffit_kernels.ops.triton_launch import dot_precision, launch
 from diffit_kernels.ops.window_attention import launch as tiles
-from diffit_kernels.ops.window_attention.triton_backward import (
-    key_kernel,
-    query_kernel,
-    small_kernel,
-)
+from diffit_kernels.ops.window_attention.triton_backward import key_kernel, query_kernel
 from diffit_kernels.ops.window_attention.triton_forward import forward_kernel
+from diffit_kernels.ops.window_attention.triton_small import small_kernel
 from diffit_kernels.ops.window_attention.triton_table import reduce_kernel, table_kernel
 
 LOG2E = 1.4426950408889634
@@ -69,7 +66,7 @@ def forward(qkv, temb, relative_position_bias_table, num_heads, window_size, sca
 def backward(
     grad_out, qkv, temb, relative_position_bias_table, out, lse, num_heads, window_size, scale
 ):
-    """dqkv, dtemb, dtable; see triton_backward.py and triton_table.py for the equations."""
+    """dqkv, dtemb, dtable; the equations are in triton_backward.py and triton_table.py."""
     qkv, temb, grad_out = _contiguous(qkv, temb, grad_out)
     shape = _Shape(qkv, num_heads, window_size)
     table = _by_head(relative_position_bias_table)
