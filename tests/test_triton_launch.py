@@ -171,9 +171,11 @@ def test_every_kernel_compiles_everywhere_without_spills(tmp_path):
     assert all(row["registers"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("precision, name", [("tf32", "tf32"), ("ieee", "float32")])
-def test_float32_products_are_tf32_where_pytorch_allows_it(precision, name, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
-    assert triton_launch.dtype_name(torch.float32) == name
-    assert triton_launch.dot_precision(torch.float32) == precision
-    assert triton_launch.dot_precision(torch.bfloat16) == "ieee"
+@pytest.mark.parametrize("dtype, precision", [("tf32", "tf32"), ("float32", "ieee")])
+def test_float32_products_are_tf32_where_pytorch_allows_it(dtype, precision):
+    before = torch.backends.cuda.matmul.fp32_precision
+    with cases.with_dtype(dtype):
+        assert triton_launch.dtype_name(torch.float32) == dtype
+        assert triton_launch.dot_precision(torch.float32) == precision
+        assert triton_launch.dot_precision(torch.bfloat16) == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == before

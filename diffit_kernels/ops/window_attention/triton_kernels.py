@@ -1,9 +1,9 @@
 """window_attention on NVIDIA GPUs, in Triton: the launchers. The kernels are in triton_*.py.
 
-Passes over memory: the forward reads qkv and writes out and lse. The backward of windows that fit one
-tile (of 64 tokens in half precision) reads qkv and dO and writes dqkv, all once. That of larger ones
-reads q, k, v and dO in three kernels (dq; dk and dv; the table), out in the first, and writes dqkv
-once. k and v, or q and dO, are read again by every tile of a window, which the L2 cache serves.
+Passes over memory: the forward reads qkv and writes out and lse. The backward of windows that fit
+one tile (of 64 tokens in half precision) reads qkv and dO and writes dqkv, all once. That of larger
+ones reads q, k, v and dO in three kernels (dq; dk and dv; the table), out in the first, and writes
+dqkv once. k and v, or q and dO, are read again by every tile of a window, from the L2 cache.
 """
 
 import torch
