@@ -192,7 +192,10 @@ def test_the_model_exports_and_keeps_the_fused_ops(backend, model, inputs):
         assert_close(program.module()(*more), model(*more), 2e-5)
 
 
-def test_the_model_runs_on_fake_tensors(model, inputs):
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+@pytest.mark.parametrize("backend", shipped())
+def test_the_model_runs_on_fake_tensors(backend, model, inputs):
+    place = places(backend)[-1]
+    model, inputs = model.to(place), [value.to(place) for value in inputs]
+    with use_backend(backend), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out = model(*(mode.from_tensor(value) for value in inputs))
     assert out.shape == (3, 8, 8, 8)

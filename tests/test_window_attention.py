@@ -93,6 +93,30 @@ def test_parity_of_large_windows_in_full_precision(case, dtype, backend, device)
     check_parity(case, dtype, backend, device)
 
 
+@pytest.mark.parametrize("window", [(4, 4), (6, 12)])
+@pytest.mark.parametrize("head_dim", range(8, 129, 8))
+def test_every_head_dim(head_dim, window, backend, device):
+    """Alone in a tile and over several: heads are cut in two parts of different widths."""
+    check_one_window(window, head_dim, 2, backend, device)
+
+
+@pytest.mark.slow
+def test_the_largest_window(backend, device):
+    """32 x 32 tokens, as at 512 pixels, with head_dim 72."""
+    check_one_window((32, 32), 72, 1, backend, device)
+
+
+def check_one_window(window, head_dim, heads, backend, device):
+    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
+    inputs = (
+        torch.randn(1, *window, 3 * heads * head_dim, device=device),
+        torch.randn(rows, heads, device=device),
+        torch.randn(1, 2 * heads * head_dim, device=device),
+    )
+    shape = {"num_heads": heads, "window_size": window}
+    assert_parity(fused(shape), lambda *args: literal(*args, **shape), inputs, torch.bfloat16)
+
+
 @pytest.mark.parametrize("case", ["windows 4x4", "wide"])
 @pytest.mark.parametrize("time", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
