@@ -35,15 +35,17 @@ def with_dtype(dtype: str) -> Iterator[None]:
         products.fp32_precision = before
 
 
-def attention(batch, height, width, heads, head_dim, window, dtype, device="meta"):
+def attention(
+    batch, height, width, heads, head_dim, window, dtype, device="meta", time=True, bias=True
+):
     channels = heads * head_dim
     rows = (2 * window[0] - 1) * (2 * window[1] - 1)
     qkv = torch.randn(batch, height, width, 3 * channels, dtype=dtype, device=device)
-    temb = torch.randn(batch, 2 * channels, dtype=dtype, device=device)
-    table = torch.randn(rows, heads, dtype=dtype, device=device)
+    temb = torch.randn(batch, 2 * channels, dtype=dtype, device=device) if time else None
+    table = torch.randn(rows, heads, dtype=dtype, device=device) if bias else None
     shape = (heads, window, head_dim**-0.5)
     out, lse = window_attention.forward(qkv, temb, table, *shape)
-    return window_attention.backward(out, qkv, temb, table, out, lse, *shape)
+    return out, *window_attention.backward(out, qkv, temb, table, out, lse, *shape)
 
 
 def layer_norm(batch, tokens, channels, parts, dtype, device="meta", per_token=False):
@@ -72,19 +74,19 @@ def cell_norm(batch, side, channels, num_groups, dtype, device="meta"):
     return out, *group_norm.backward(out, x, weight, bias, mean, rstd, num_groups)
 
 
-def projection(batch, tokens, channels, features, dtype, device="meta"):
+def projection(batch, tokens, channels, features, dtype, device="meta", with_bias=True):
     x = torch.randn(batch, tokens, channels, dtype=dtype, device=device)
     weight = torch.randn(features, channels, dtype=dtype, device=device)
-    bias = torch.randn(features, dtype=dtype, device=device)
+    bias = torch.randn(features, dtype=dtype, device=device) if with_bias else None
     temb = torch.randn(batch, features, dtype=dtype, device=device)
     out = time_projection.forward(x, weight, bias, temb)
     return out, *time_projection.backward(out, x, weight, bias, temb)
 
 
-def projections(blocks, batch, channels, dtype, device="meta"):
+def projections(blocks, batch, channels, dtype, device="meta", with_bias=True):
     temb = torch.randn(batch, channels, dtype=dtype, device=device)
     weights = list(torch.randn(blocks, 3 * channels, channels, dtype=dtype, device=device))
-    biases = list(torch.randn(blocks, 3 * channels, dtype=dtype, device=device))
+    biases = list(torch.randn(blocks if with_bias else 0, 3 * channels, dtype=dtype, device=device))
     out = time_projection.many_forward(temb, weights, biases)
     dtemb, dweights, dbiases = time_projection.many_backward(out, temb, weights, biases)
     return out, dtemb, *dweights, *dbiases
@@ -121,6 +123,16 @@ WINDOWS = {  # name: (B, H, W, heads, head_dim, window)
 }
 CASES = {
     **{f"window_attention {name}": partial(attention, *sizes) for name, sizes in WINDOWS.items()},
+    "window_attention 1 window": partial(attention, 1, 16, 16, 1, 72, (16, 16)),
+    "window_attention 1 small window": partial(attention, 1, 4, 4, 1, 32, (4, 4)),
+    "window_attention 256px, no time": partial(attention, *WINDOWS["256px"], time=False),
+    "window_attention 256px, no bias": partial(attention, *WINDOWS["256px"], bias=False),
+    "window_attention of DiT": partial(attention, *WINDOWS["256px"], time=False, bias=False),
+    "window_attention of Swin, 7x7": partial(attention, *WINDOWS["7x7 d32"], time=False),
+    "window_attention of Swin, 12x12": partial(attention, *WINDOWS["12x12 d32"], time=False),
+    "window_attention 4x4, neither": partial(
+        attention, *WINDOWS["4x4 d32"], time=False, bias=False
+    ),
     "adaln LN 256px": partial(layer_norm, 64, 256, 1152, ""),
     "adaln residual 512px": partial(layer_norm, 16, 1024, 1152, "y"),
     "adaln zero 256px": partial(layer_norm, 64, 256, 1152, "y gate shift scale"),
@@ -129,6 +141,7 @@ CASES = {
         layer_norm, 4, 256, 1152, "y gate shift scale weight bias", per_token=True
     ),
     "adaln 8192 wide": partial(layer_norm, 2, 256, 8192, "y gate shift scale weight bias"),
+    "adaln 1 token": partial(layer_norm, 1, 1, 1152, "y gate shift scale"),
     "adaln odd": partial(layer_norm, 3, 7, 33, "y gate shift scale weight bias"),
     "adaln 256 wide": partial(layer_norm, 16, 1024, 256, "y weight bias"),
     "group_norm 32x32x128": partial(cell_norm, 64, 32, 128, 32),
@@ -137,7 +150,9 @@ CASES = {
     "time_projection 256px": partial(projection, 64, 256, 1152, 3456),
     "time_projection 5 tokens": partial(projection, 3, 5, 1152, 3456),
     "time_projection odd": partial(projection, 3, 50, 45, 99),
+    "time_projection, no bias": partial(projection, 64, 256, 1152, 3456, with_bias=False),
     "time_projections 1 block": partial(projections, 1, 64, 1152),
+    "time_projections 1 sample": partial(projections, 1, 1, 1152, with_bias=False),
     "time_projections 28 blocks": partial(projections, 28, 64, 1152),
     "time_projections odd": partial(projections, 3, 5, 33),
     "mlp 256px": partial(feed_forward, 64, 256, 1152, 4608, "tanh"),

@@ -97,8 +97,9 @@ def _key(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     if dtype == "float32" and 64 < head_dim <= 80:
         return _tiles(32, 32, 8, 1)
     if dtype in ("float32", "tf32"):
-        stages = 2 if dtype == "tf32" and head_dim <= 80 else 1
-        return _tiles(16, 32 if head_dim <= 64 else 16, 4, stages)
+        if head_dim <= 64:
+            return _tiles(16, 32, 8 if dtype == "float32" else 4, 1 if dtype == "float32" else 2)
+        return _tiles(16, 16, 4, 2 if dtype == "tf32" and head_dim <= 80 else 1)
     if capability in HOPPER_LIKE:
         return _tiles(32, 128, 8, 2) if head_dim <= 80 else _tiles(32, 64, 8, 2)
     return _tiles(32, 64 if head_dim <= 80 else 32, 4, 2)
