@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
     resources = commands.add_parser(
         "resources", help="registers, spills and shared memory of every kernel, without a GPU"
     )
-    resources.add_argument("--target", type=int, action="append", help="80, 90, 100, 120")
+    resources.add_argument("--target", type=int, action="append", help="80, 86, 89, 90, 100, 120")
     resources.add_argument("--json", type=Path, help="also write the rows here")
     tune = commands.add_parser("tune", help="choose tile sizes on the GPU at hand")
     tune.add_argument("--budget", type=float, default=3600, help="seconds; run again to go on")
@@ -33,10 +33,9 @@ def main(arguments: list[str]) -> int:
         print(tune(given.only, given.budget))
         return 0
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
-    from benchmarks.resources import SHARED_MEMORY, print_resources
+    from benchmarks.resources import TARGETS, print_resources
 
-    targets = given.target or list(SHARED_MEMORY)
-    return print_resources(given.json, targets, given.only, os.cpu_count())
+    return print_resources(given.json, given.target or TARGETS, given.only, os.cpu_count())
 
 
 if __name__ == "__main__":

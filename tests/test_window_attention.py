@@ -4,8 +4,16 @@ import pytest
 import torch
 
 import reference
+from diffit_kernels.dispatch import use_backend
 from diffit_kernels.ops import window_attention
-from tests.parity import REFUSED_BY_TRITON, assert_close, assert_parity, assert_refused
+from tests.conftest import places
+from tests.parity import (
+    REFUSED_BY_TRITON,
+    assert_close,
+    assert_parity,
+    assert_refused,
+    relative_error,
+)
 
 OPS = ("window_attention",)
 # name: (B, H, W, heads, head_dim, window)
@@ -56,7 +64,7 @@ def fused(function_of):
 
 
 # Float32 in small tiles takes Triton's interpreter up to a minute; half precision does them all.
-LONG = {"global 16x16, head_dim 72", "windows 12x12", "grid 20x20"}
+LONG = ("global 16x16, head_dim 72", "windows 12x12", "grid 20x20")
 
 
 def refused(backend, case, dtype):
@@ -249,3 +257,69 @@ def test_errors_name_rule_and_value(message):
     arguments = {"qkv": qkv, "relative_position_bias_table": table, "temb": temb} | shape | change
     with pytest.raises(kind, match=message):
         window_attention(**arguments)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3])
+@pytest.mark.parametrize("case", ["windows 7x7, d 32", "windows 4x4", "several tiles"])
+def test_programs_that_walk_over_windows(case, programs, monkeypatch):
+    """Triton's sums over windows, with fewer programs than windows, and not a divisor of them; the
+    time token's memory is followed by NaN, which nothing may read."""
+    launch = pytest.importorskip("diffit_kernels.ops.window_attention.launch", reason="no triton")
+    monkeypatch.setattr(launch, "PROGRAMS", programs)
+    device = places("triton")[-1]
+    grid, window = {
+        "windows 7x7, d 32": ((14, 7), (7, 7)),
+        "windows 4x4": ((8, 12), (4, 4)),
+        "several tiles": ((9, 18), (9, 9)),
+    }[case]
+    rows, channels = (2 * window[0] - 1) * (2 * window[1] - 1), 32
+    padded = torch.full((3 * 2 * channels + 4096,), float("nan"), device=device)
+    temb = padded[: 3 * 2 * channels].view(3, 2 * channels).copy_(torch.randn(3, 2 * channels))
+    inputs = (
+        torch.randn(3, *grid, 3 * channels, device=device),
+        torch.randn(rows, 1, device=device),
+        temb,
+    )
+    shape = {"num_heads": 1, "window_size": window}
+    with use_backend("triton"):
+        leaves = [inputs[0].requires_grad_(), inputs[1].requires_grad_(), temb.requires_grad_()]
+        window_attention(*leaves, **shape).square().sum().backward()
+    ours = [leaf.grad for leaf in leaves]
+    truth = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    literal(*truth, **shape).square().sum().backward()
+    for name, grad, leaf in zip(("dqkv", "dtable", "dtemb"), ours, truth, strict=True):
+        assert_close(grad, leaf.grad, 1e-5, name)
+
+
+@pytest.mark.parametrize("bias_scale", [10, 1e3])
+def test_gradients_at_extreme_biases(bias_scale, backend, device):
+    """Where a tile has whole rows; over several tiles see CONTRIBUTING.md, known limits."""
+    (qkv, table, temb), shape = make("global 4x4", device=device)
+    inputs = qkv, bias_scale * table, temb
+    assert_parity(fused(shape), lambda *args: literal(*args, **shape), inputs, torch.float32)
+
+
+@pytest.mark.parametrize("bias_scale", [10, 1e3])
+def test_values_at_extreme_biases(bias_scale, backend, device):
+    (qkv, table, temb), shape = make("head_dim 96, several tiles", device=device)
+    inputs = qkv, bias_scale * table, temb
+    with torch.no_grad():
+        out = window_attention(*inputs, **shape)
+        expected = literal(*(t.double() for t in inputs), **shape)
+        eager = literal(*inputs, **shape)
+    assert_close(out, expected, 2 * relative_error(eager, expected) + 5e-7)
+
+
+@pytest.mark.parametrize("case", ["head_dim 40", "head_dim 96, several tiles"])
+def test_a_bias_of_minus_infinity_shuts_a_key_out(case, backend, device):
+    (qkv, table, temb), shape = make(case, device=device)
+    table[: len(table) // 3] = float("-inf")
+    leaves = [t.requires_grad_() for t in (qkv, table, temb)]
+    out = window_attention(*leaves, **shape)
+    out.square().sum().backward()
+    truth = [t.detach().double().requires_grad_() for t in leaves]
+    expected = literal(*truth, **shape)
+    expected.square().sum().backward()
+    assert_close(out, expected, 1e-5)
+    for leaf, true in zip(leaves, truth, strict=True):
+        assert_close(leaf.grad, true.grad, 1e-5)

@@ -101,7 +101,8 @@ def query_kernel(
     delta = sum_heads(dout_1.to(tl.float32) * out_1, dout_2.to(tl.float32) * out_2, D2)
     stat = (window.to(tl.int64) * num_heads + head) * TOKENS + token
     tl.store(delta_ptr + stat, delta, mask=valid)
-    lse = tl.load(lse_ptr + stat, mask=valid, other=float("inf")) * LOG2E
+    row_max = tl.load(lse_ptr + 2 * stat, mask=valid, other=float("inf"))
+    log_sum = tl.load(lse_ptr + 2 * stat + 1, mask=valid, other=0.0)
     place = query_place(tl.where(valid, token, 0), WINDOW_H, WINDOW_W)
     if HAS_BIAS:
         table_ptr += head * ((2 * WINDOW_H - 1) * (2 * WINDOW_W - 1))
@@ -131,7 +132,7 @@ def query_kernel(
             if STEPPED:
                 table_ptr -= BLOCK_N // WINDOW_W * (2 * WINDOW_W - 1)
         scores = mask_scores(scores, window, window, key, TOKENS, 1, EVEN_N)
-        probs = tl.exp2(scores - lse[:, None])
+        probs = tl.exp2((scores - row_max[:, None]) - log_sum[:, None])
         dprobs = dot_heads(dout_1, dout_2, v_1, v_2, D2, PRECISION)
         dscores = (probs * (dprobs - delta[:, None])).to(k_1.dtype)
         acc_1 = tl.dot(dscores, k_1, acc_1, input_precision=PRECISION)
@@ -236,7 +237,8 @@ def key_kernel(
             dout_ptr, rows, valid, channels, column, HEAD_DIM, D1, D2, EVEN_M
         )
         stat = (window.to(tl.int64) * num_heads + head) * TOKENS + token
-        lse = tl.load(lse_ptr + stat, mask=valid, other=float("inf")) * LOG2E
+        row_max = tl.load(lse_ptr + 2 * stat, mask=valid, other=float("inf"))
+        log_sum = tl.load(lse_ptr + 2 * stat + 1, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + stat, mask=valid, other=0.0)
         scores = dot_heads(k_1, k_2, q_1, q_2, D2, PRECISION)
         if HAS_TIME:
@@ -249,7 +251,7 @@ def key_kernel(
             scores += tl.load(table_ptr + index)
             if STEPPED:
                 table_ptr += BLOCK_M // WINDOW_W * (2 * WINDOW_W - 1)
-        probs = tl.exp2(scores - lse[None, :])
+        probs = tl.exp2((scores - row_max[None, :]) - log_sum[None, :])
         rounded = probs.to(q_1.dtype)
         dv_1 = tl.dot(rounded, dout_1, dv_1, input_precision=PRECISION)
         dprobs = dot_heads(v_1, v_2, dout_1, dout_2, D2, PRECISION)

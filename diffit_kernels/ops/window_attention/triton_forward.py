@@ -45,6 +45,8 @@ def forward_kernel(
 ):
     """out = softmax(scale (q + q_t) kᵀ + B) v + v_t and lse, by online softmax in base 2.
 
+    lse_ptr: a row's maximum and log2 of its sum, apart: their sum would round the digits of P away.
+
     table_ptr: (num_heads, (2h-1)(2w-1)) float32, times log2(e): neighbouring keys of a grid row
     lie side by side, so a warp's gather is a line or two of L1.
     """
@@ -81,7 +83,8 @@ def forward_kernel(
         if STEPPED:
             index = place[:, None] - key_place(tl.arange(0, BLOCK_N), WINDOW_W)[None, :]
 
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Finite, so that a tile of keys whose bias is -inf leaves 0, not NaN.
+    row_max = tl.full((BLOCK_M,), -3.0e38, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc_1 = tl.zeros((BLOCK_M, D1), tl.float32)
     acc_2 = tl.zeros((BLOCK_M, D2 if D2 > 0 else 16), tl.float32)
@@ -126,5 +129,6 @@ def forward_kernel(
         if D2 > 0:
             acc_2 += t_2
     store_head(out_ptr, rows, valid, channels, column, acc_1, acc_2, HEAD_DIM, D1, D2)
-    lse_row = (window.to(tl.int64) * num_heads + head) * TOKENS + token
-    tl.store(lse_ptr + lse_row, (row_max + tl.log2(row_sum)) * 0.6931471805599453, mask=valid)
+    stat = (window.to(tl.int64) * num_heads + head) * TOKENS + token
+    tl.store(lse_ptr + 2 * stat, row_max, mask=valid)
+    tl.store(lse_ptr + 2 * stat + 1, tl.log2(row_sum), mask=valid)

@@ -1,7 +1,8 @@
 """window_attention on NVIDIA GPUs, in Triton: the launchers. The kernels are in triton_*.py.
 
 Passes over memory: the forward reads qkv and writes out and lse. The backward of windows that fit
-one tile (of 64 tokens in half precision) reads qkv and dO and writes dqkv, all once. That of larger
+one tile (of 64 tokens in half precision) reads qkv and dO and writes dqkv, all once, and 2C sums a
+window for the time token, in float32. That of larger
 ones reads q, k, v and dO in three kernels (dq; dk and dv; the table), out in the first, and writes
 dqkv once. k and v, or q and dO, are read again by every tile of a window, from the L2 cache.
 """
@@ -31,12 +32,12 @@ def can_run(qkv, temb, relative_position_bias_table, num_heads, window_size, sca
 
 def fake(qkv, temb, relative_position_bias_table, num_heads, window_size, scale):
     batch, height, width, channels3 = qkv.shape
-    lse = qkv.new_empty(batch, num_heads, height * width, dtype=torch.float32)
+    lse = qkv.new_empty(batch, num_heads, height * width, 2, dtype=torch.float32)
     return qkv.new_empty(batch, height, width, channels3 // 3), lse
 
 
 def forward(qkv, temb, relative_position_bias_table, num_heads, window_size, scale):
-    """out, and lse (windows, nH, L) float32, by window, in the shape (B, nH, H·W)."""
+    """out, and lse: a row's maximum and log2 of its sum, float32, in the order (windows, nH, L)."""
     qkv, temb = _contiguous(qkv, temb)
     out, lse = fake(qkv, temb, relative_position_bias_table, num_heads, window_size, scale)
     shape = _Shape(qkv, num_heads, window_size)
@@ -124,7 +125,7 @@ def _small_backward(shape, grad_out, qkv, temb, table, out, lse, scale, constant
 def _large_backward(shape, grad_out, qkv, temb, table, out, lse, scale, constants):
     """dq and delta; dk and dv; the table: windows of several tiles."""
     dqkv = torch.empty_like(qkv)
-    delta = torch.empty_like(lse)
+    delta = _float32(qkv, *lse.shape[:-1])
     has_bias = table is not None
 
     config = tiles.QUERY.config(qkv.device, **shape.key)
@@ -143,7 +144,7 @@ def _large_backward(shape, grad_out, qkv, temb, table, out, lse, scale, constant
     config = tiles.KEY.config(qkv.device, **shape.key)
     count = -(-shape.tokens // config.blocks["BLOCK_N"])
     dv_time = _float32(qkv, shape.windows * count, shape.channels) if has_time else None
-    time_score = torch.empty_like(lse) if has_time else None
+    time_score = torch.empty_like(delta) if has_time else None
     launch(
         key_kernel,
         (count * shape.num_heads * shape.windows,),

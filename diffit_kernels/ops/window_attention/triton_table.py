@@ -140,9 +140,11 @@ def table_kernel(
         stat = (window.to(tl.int64) * num_heads + head) * TOKENS
         if HAS_TIME:
             scores += tl.load(time_score_ptr + stat + key, mask=key_valid, other=0.0)[None, :]
-        lse = tl.load(lse_ptr + stat + query, mask=valid, other=float("inf")) * LOG2E
+        row_max = tl.load(lse_ptr + 2 * (stat + query), mask=valid, other=float("inf"))
+        log_sum = tl.load(lse_ptr + 2 * (stat + query) + 1, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + stat + query, mask=valid, other=0.0)
-        probs = tl.exp2(scores * (scale * LOG2E) + (bias - lse[:, None]))
+        scores = scores * (scale * LOG2E) + bias
+        probs = tl.exp2((scores - row_max[:, None]) - log_sum[:, None])
         dout_1, dout_2 = load_head(
             dout_ptr, rows, valid, channels, column, HEAD_DIM, D1, D2, EVEN_M
         )
