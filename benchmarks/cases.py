@@ -45,7 +45,7 @@ def attention(
     table = torch.randn(rows, heads, dtype=dtype, device=device) if bias else None
     shape = (heads, window, head_dim**-0.5)
     out, lse = window_attention.forward(qkv, temb, table, *shape)
-    return out, *window_attention.backward(out, qkv, temb, table, out, lse, *shape)
+    return out, *window_attention.backward(out / 1024, qkv, temb, table, out, lse, *shape)
 
 
 def layer_norm(batch, tokens, channels, parts, dtype, device="meta", per_token=False):
@@ -63,7 +63,7 @@ def layer_norm(batch, tokens, channels, parts, dtype, device="meta", per_token=F
     out, residual, mean, rstd = adaln.forward(x, y, *rest, 1e-6)
     with_sum = (residual, residual) if y is not None else (None, x)
     y = y if gate is not None else None  # without a gate its gradient is that of x
-    grads = adaln.backward(out, *with_sum, y, *rest, mean, rstd, 1e-6)
+    grads = adaln.backward(out / 1024, *with_sum, y, *rest, mean, rstd, 1e-6)
     return out, *grads
 
 
@@ -71,37 +71,38 @@ def cell_norm(batch, side, channels, num_groups, dtype, device="meta"):
     x = torch.randn(batch, side, side, channels, dtype=dtype, device=device)
     weight, bias = torch.randn(2, channels, dtype=dtype, device=device)
     out, mean, rstd = group_norm.forward(x, weight, bias, num_groups, 1e-5)
-    return out, *group_norm.backward(out, x, weight, bias, mean, rstd, num_groups)
+    return out, *group_norm.backward(out / 1024, x, weight, bias, mean, rstd, num_groups)
 
 
 def projection(batch, tokens, channels, features, dtype, device="meta", with_bias=True):
     x = torch.randn(batch, tokens, channels, dtype=dtype, device=device)
-    weight = torch.randn(features, channels, dtype=dtype, device=device)
+    weight = torch.randn(features, channels, dtype=dtype, device=device) / channels**0.5
     bias = torch.randn(features, dtype=dtype, device=device) if with_bias else None
     temb = torch.randn(batch, features, dtype=dtype, device=device)
     out = time_projection.forward(x, weight, bias, temb)
-    return out, *time_projection.backward(out, x, weight, bias, temb)
+    return out, *time_projection.backward(out / 1024, x, weight, bias, temb)
 
 
 def projections(blocks, batch, channels, dtype, device="meta", with_bias=True):
     temb = torch.randn(batch, channels, dtype=dtype, device=device)
-    weights = list(torch.randn(blocks, 3 * channels, channels, dtype=dtype, device=device))
+    weights = torch.randn(blocks, 3 * channels, channels, dtype=dtype, device=device)
+    weights = list(weights / channels**0.5)
     biases = list(torch.randn(blocks if with_bias else 0, 3 * channels, dtype=dtype, device=device))
     out = time_projection.many_forward(temb, weights, biases)
-    dtemb, dweights, dbiases = time_projection.many_backward(out, temb, weights, biases)
+    dtemb, dweights, dbiases = time_projection.many_backward(out / 1024, temb, weights, biases)
     return out, dtemb, *dweights, *dbiases
 
 
 def feed_forward(batch, tokens, channels, hidden, approximate, dtype, device="meta"):
     x = torch.randn(batch, tokens, channels, dtype=dtype, device=device)
     parameters = (
-        torch.randn(hidden, channels, dtype=dtype, device=device),
+        torch.randn(hidden, channels, dtype=dtype, device=device) / channels**0.5,
         torch.randn(hidden, dtype=dtype, device=device),
-        torch.randn(channels, hidden, dtype=dtype, device=device),
+        torch.randn(channels, hidden, dtype=dtype, device=device) / hidden**0.5,
         torch.randn(channels, dtype=dtype, device=device),
     )
     out, kept = mlp.forward(x, *parameters, approximate, True)
-    return out, *mlp.backward(out, x, kept, *parameters, approximate)
+    return out, *mlp.backward(out / 1024, x, kept, *parameters, approximate)
 
 
 WINDOWS = {  # name: (B, H, W, heads, head_dim, window)
@@ -123,6 +124,7 @@ WINDOWS = {  # name: (B, H, W, heads, head_dim, window)
 }
 CASES = {
     **{f"window_attention {name}": partial(attention, *sizes) for name, sizes in WINDOWS.items()},
+    "window_attention small": partial(attention, 2, 4, 4, 2, 8, (4, 4)),
     "window_attention 1 window": partial(attention, 1, 16, 16, 1, 72, (16, 16)),
     "window_attention 1 small window": partial(attention, 1, 4, 4, 1, 32, (4, 4)),
     "window_attention 256px, no time": partial(attention, *WINDOWS["256px"], time=False),

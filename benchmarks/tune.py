@@ -21,7 +21,7 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.cases import CASES, DTYPES, with_dtype
-from benchmarks.resources import SHARED_MEMORY, compile_call, problems, record
+from benchmarks.resources import compile_call, problems, record
 from diffit_kernels.ops.triton_launch import (
     TUNABLES,
     TUNED,
@@ -66,22 +66,32 @@ class TunedTable:
 
     def __init__(self, path: Path):
         self.path = path
-        content = json.loads(path.read_text()) if path.exists() else {}
-        self.kernels = content.get("kernels", {})
+        self.kernels = self._read()
+
+    def _read(self) -> dict:
+        if not self.path.exists():
+            return {}
+        try:
+            return json.loads(self.path.read_text())["kernels"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"tune: {self.path} is not a table of tile sizes ({error}); delete it to begin anew"
+            ) from error
 
     def add(self, name: str, key: dict, config: Config, milliseconds: float) -> None:
-        """Add one entry, and replace the file as a whole."""
+        """Add one entry to what the file has by now, and replace it as a whole."""
         entry = {
             "blocks": dict(config.blocks),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
             "milliseconds": round(milliseconds, 5),
         }
+        self.kernels = self._read()  # another process may tune other cases
         self.kernels.setdefault(name, {})[key_text(key)] = entry
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         content = {"versions": versions, "kernels": self.kernels}
         self.path.parent.mkdir(exist_ok=True)
-        aside = self.path.with_suffix(".tmp")
+        aside = self.path.with_suffix(f".{os.getpid()}.tmp")
         aside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         os.replace(aside, self.path)
 
@@ -105,9 +115,9 @@ def candidates_of(
     default = tunable.heuristic(capability, **key)
     others = [config for config in tunable.candidates(**key) if config != default]
     if device == "cuda":
-        target = max(known for known in SHARED_MEMORY if known <= capability)
         jobs = [
-            pool.submit(_compiles_well, name, key, config, case, dtype, target) for config in others
+            pool.submit(_compiles_well, name, key, config, case, dtype, capability)
+            for config in others
         ]
         others = [config for config, job in zip(others, jobs, strict=True) if job.result()]
     return [default, *others]
@@ -132,6 +142,8 @@ def fastest(
             expected = results
         if _agree(results, expected, TOLERANCE[dtype]):
             times[index] = sum(number for call, number in numbers if call.config is config)
+    if not times:
+        raise ValueError(f"{name}, {case}, {dtype}: the heuristic's results are not finite")
     best = min(times, key=times.get)
     return candidates[best], times[best]
 

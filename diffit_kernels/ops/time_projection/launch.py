@@ -8,7 +8,12 @@ import triton
 
 from diffit_kernels.ops.triton_launch import Config, Tunable
 
-SMALL_SHARED = (86, 89, 120)  # GPUs with 99 KiB of shared memory for a program; else 163 or 227
+SMALL_SHARED = (
+    86,
+    89,
+    120,
+    121,
+)  # GPUs with 99 KiB of shared memory for a program; else 163 or 227
 FLOAT32 = ("float32", "tf32")  # the dtype of a key is that of products
 SUM_PROGRAMS = 2048  # of the pass over dO at least, where it has the tokens: two waves or more
 SPLIT_PROGRAMS = 160  # of the pass for dtemb at least: every SM reads, and partial sums stay few
