@@ -239,6 +239,6 @@ def _tuned_table(gpu: str | None) -> dict[str, dict[str, Config]]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a table of tile sizes ({type(error).__name__}: {error}); delete it: the "
-            "heuristics serve until `python -m benchmarks tune` writes another"
+            f"{path} is not a table of tile sizes ({type(error).__name__}: {error}); delete it: "
+            "heuristics serve until `python -m benchmarks tune` writes another one"
         ) from error

@@ -22,6 +22,7 @@ from diffit_kernels.ops.window_attention.triton_tiles import (
     load_head,
     load_time,
     mask_scores,
+    probabilities,
     query_place,
     store_head,
     sum_heads,
@@ -132,7 +133,7 @@ def query_kernel(
             if STEPPED:
                 table_ptr -= BLOCK_N // WINDOW_W * (2 * WINDOW_W - 1)
         scores = mask_scores(scores, window, window, key, TOKENS, 1, EVEN_N)
-        probs = tl.exp2((scores - row_max[:, None]) - log_sum[:, None])
+        probs = probabilities(scores, row_max[:, None], log_sum[:, None], q_1.dtype)
         dprobs = dot_heads(dout_1, dout_2, v_1, v_2, D2, PRECISION)
         dscores = (probs * (dprobs - delta[:, None])).to(k_1.dtype)
         acc_1 = tl.dot(dscores, k_1, acc_1, input_precision=PRECISION)
@@ -251,7 +252,7 @@ def key_kernel(
             scores += tl.load(table_ptr + index)
             if STEPPED:
                 table_ptr += BLOCK_M // WINDOW_W * (2 * WINDOW_W - 1)
-        probs = tl.exp2((scores - row_max[None, :]) - log_sum[None, :])
+        probs = probabilities(scores, row_max[None, :], log_sum[None, :], q_1.dtype)
         rounded = probs.to(q_1.dtype)
         dv_1 = tl.dot(rounded, dout_1, dv_1, input_precision=PRECISION)
         dprobs = dot_heads(v_1, v_2, dout_1, dout_2, D2, PRECISION)

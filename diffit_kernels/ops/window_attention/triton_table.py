@@ -15,6 +15,7 @@ from diffit_kernels.ops.window_attention.triton_tiles import (
     grid_rows,
     key_place,
     load_head,
+    probabilities,
     query_place,
 )
 
@@ -144,7 +145,7 @@ def table_kernel(
         log_sum = tl.load(lse_ptr + 2 * (stat + query) + 1, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + stat + query, mask=valid, other=0.0)
         scores = scores * (scale * LOG2E) + bias
-        probs = tl.exp2((scores - row_max[:, None]) - log_sum[:, None])
+        probs = probabilities(scores, row_max[:, None], log_sum[:, None], q_1.dtype)
         dout_1, dout_2 = load_head(
             dout_ptr, rows, valid, channels, column, HEAD_DIM, D1, D2, EVEN_M
         )

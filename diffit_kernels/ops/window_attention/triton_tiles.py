@@ -183,3 +183,16 @@ def mask_scores(
     elif not EVEN:
         scores = tl.where((key_token < TOKENS)[None, :], scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def probabilities(scores, row_max, log_sum, DTYPE: tl.constexpr):
+    """P from scores in base 2 and its rows' statistics, as :func:`forward_kernel` left them.
+
+    In half precision the statistics may be one number, which costs digits that P has not.
+    """
+    if tl.float32 == DTYPE:
+        probs = tl.exp2((scores - row_max) - log_sum)
+    else:
+        probs = tl.exp2(scores - (row_max + log_sum))
+    return probs
