@@ -16,6 +16,7 @@ def main(arguments: list[str]) -> int:
         "resources", help="registers, spills and shared memory of every kernel, without a GPU"
     )
     resources.add_argument("--target", type=int, action="append", help="80, 86, 89, 90, 100, 120")
+    resources.add_argument("--dtype", action="append", help="bfloat16, float16, float32, tf32")
     resources.add_argument("--json", type=Path, help="also write the rows here")
     tune = commands.add_parser("tune", help="choose tile sizes on the GPU at hand")
     tune.add_argument("--budget", type=float, default=3600, help="seconds; run again to go on")
@@ -33,9 +34,11 @@ def main(arguments: list[str]) -> int:
         print(tune(given.only, given.budget))
         return 0
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+    from benchmarks.cases import DTYPES
     from benchmarks.resources import TARGETS, print_resources
 
-    return print_resources(given.json, given.target or TARGETS, given.only, os.cpu_count())
+    targets, dtypes = given.target or TARGETS, given.dtype or DTYPES
+    return print_resources(given.json, targets, dtypes, given.only, os.cpu_count())
 
 
 if __name__ == "__main__":

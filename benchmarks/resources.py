@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,11 @@ def compile_call(call: Call, capability: int) -> dict[str, Any]:
     }
 
 
-def rows(targets: list[int], cases: list[str], jobs: int) -> Iterator[dict[str, Any]]:
+def rows(
+    targets: Sequence[int], dtypes: Iterable[str], cases: list[str], jobs: int
+) -> Iterator[dict[str, Any]]:
     """One row per distinct kernel of every case, dtype and target, as they are compiled."""
-    work = [(case, dtype, target) for case in cases for dtype in DTYPES for target in targets]
+    work = [(case, dtype, target) for case in cases for dtype in dtypes for target in targets]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         futures = [pool.submit(_rows_of, *item) for item in work]
@@ -97,11 +99,13 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def print_resources(out: Path | None, targets: list[int], only: str, jobs: int) -> int:
+def print_resources(
+    out: Path | None, targets: Sequence[int], dtypes: Iterable[str], only: str, jobs: int
+) -> int:
     """Compile all, print the table, write the rows; 1 if a kernel spills or does not fit."""
     cases = [case for case in CASES if re.search(only, case)]
     found = []
-    for row in rows(targets, cases, jobs):
+    for row in rows(targets, dtypes, cases, jobs):
         found.append(row)
         print(f"{len(found):5} {_line(row)}", flush=True)
     print(table(found))

@@ -77,7 +77,7 @@ def _forward(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     if dtype == "float32":
         return _tiles(32 if head_dim <= 64 else 16, 32 if head_dim <= 80 else 16, 4, 1)
     if dtype == "tf32":
-        return _tiles(64 if head_dim <= 80 else 32, 32, 4, 2)
+        return _tiles(64 if head_dim <= 64 else 32, 32, 4, 2)
     if capability in HOPPER_LIKE:
         return _tiles(128, 64 if head_dim <= 80 else 32, 8, 2)
     return _tiles(64, 32, 4, 2)
@@ -102,14 +102,14 @@ def _key(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
         return _tiles(16, 16, 4, 2 if dtype == "tf32" and head_dim <= 80 else 1)
     if capability in HOPPER_LIKE:
         return _tiles(32, 128, 8, 2) if head_dim <= 80 else _tiles(32, 64, 8, 2)
-    return _tiles(32, 64 if head_dim <= 80 else 32, 4, 2)
+    return _tiles(32, 64, 4, 2) if head_dim <= 80 else _tiles(16, 32, 4, 1)
 
 
 def _table(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     if dtype == "float32":
         return _tiles(32, 32, 8, 2 if head_dim <= 64 else 1)
     if dtype == "tf32":
-        return _tiles(32, 32, 4 if head_dim <= 96 else 8, 2)
+        return _tiles(32, 32, 4, 2)
     if capability in HOPPER_LIKE or head_dim <= 80:
         return _tiles(128, 32, 8, 2)
     return _tiles(64, 32, 4, 2)

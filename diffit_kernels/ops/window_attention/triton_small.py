@@ -62,6 +62,8 @@ def small_kernel(
     """
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     EVEN: tl.constexpr = PACK == 1 and TOKENS == BLOCK
+    # with a table a program has several packs, and the last may lie past the last window
+    INSIDE: tl.constexpr = EVEN and not HAS_BIAS
     TABLE_ROWS: tl.constexpr = (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     head = tl.program_id(0) % num_heads
     chunk = tl.program_id(0) // num_heads
@@ -72,27 +74,28 @@ def small_kernel(
         table_ptr += head * TABLE_ROWS
 
     dbias = tl.zeros((BLOCK, BLOCK), tl.float32)
-    first = chunk * packs_per_program
-    count = tl.minimum(packs_per_program, (num_windows + PACK - 1) // PACK - first)
-    for index in range(0, count):
-        pack = first + index
+    for index in range(0, packs_per_program):
+        pack = chunk * packs_per_program + index
         token, window = tile_tokens(0, pack, BLOCK, PACK, PADDED)
         valid = (token < TOKENS) & (window < num_windows)
         rows = grid_rows(
             window, token, windows_per_sample, windows_across, grid_width, grid_tokens,
             WINDOW_H, WINDOW_W,
         )  # fmt: skip
-        q_1, q_2 = load_head(qkv_ptr, rows, valid, stride, column, HEAD_DIM, D1, D2, EVEN)
+        q_1, q_2 = load_head(qkv_ptr, rows, valid, stride, column, HEAD_DIM, D1, D2, INSIDE)
         k_1, k_2 = load_head(
-            qkv_ptr, rows, valid, stride, channels + column, HEAD_DIM, D1, D2, EVEN
+            qkv_ptr, rows, valid, stride, channels + column, HEAD_DIM, D1, D2, INSIDE
         )
         v_1, v_2 = load_head(
-            qkv_ptr, rows, valid, stride, 2 * channels + column, HEAD_DIM, D1, D2, EVEN
+            qkv_ptr, rows, valid, stride, 2 * channels + column, HEAD_DIM, D1, D2, INSIDE
         )
-        dout_1, dout_2 = load_head(dout_ptr, rows, valid, channels, column, HEAD_DIM, D1, D2, EVEN)
+        dout_1, dout_2 = load_head(
+            dout_ptr, rows, valid, channels, column, HEAD_DIM, D1, D2, INSIDE
+        )
         scores = dot_heads(q_1, q_2, k_1, k_2, D2, PRECISION)
         if HAS_TIME:
-            sample = window // windows_per_sample
+            # past the last window the last token is read, for keys and gradients that are zero
+            sample = tl.minimum(window, num_windows - 1) // windows_per_sample
             t_1, t_2 = load_time(
                 temb_ptr, sample, valid, 2 * channels, column, HEAD_DIM, D1, D2, PACK
             )
