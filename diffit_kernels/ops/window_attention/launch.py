@@ -75,7 +75,7 @@ def _forward(capability: int, dtype: str, tokens: int, head_dim: int) -> Config:
     if tokens <= tile:
         return _tiles(tile, tile, 4 if dtype != "float32" or tile == 16 else 8, 1)
     if dtype == "float32":
-        return _tiles(32 if head_dim <= 64 else 16, 32 if head_dim <= 80 else 16, 4, 1)
+        return _tiles(32, 32, 4, 1) if head_dim <= 64 else _tiles(16, 16, 4, 1)
     if dtype == "tf32":
         return _tiles(64 if head_dim <= 64 else 32, 32, 4, 2)
     if capability in HOPPER_LIKE:
