@@ -21,10 +21,10 @@ def blocks(modules: Iterable[nn.Module], kind: type, x: Tensor, temb: Tensor) ->
 
     Passes over (B, N, C) activations of one such block, beside what its four products read and
     write: residual and LN read x and m, write x and h; the attention reads q, k, v and writes a;
-    residual and LN read x and a, write x̂ and h: 7 reads and 5 writes. GELU adds 4 and 4, in training,
-    where its input is kept, and wherever the product before it cannot apply it as it writes (see
-    the mlp op's backends). (The eager backend takes more: it reads x again for LN, and its
-    attention keeps scores.) Only bare modules of class ``kind`` with ``use_fused_tmsa`` are joined;
+    residual and LN read x and a, write x̂ and h: 7 reads and 5 writes. GELU adds 4 and 4 in
+    training, where its input is kept, and wherever the product before it cannot apply it as it
+    writes (see the mlp op's backends). The eager backend takes more: it reads x again for LN, and
+    its attention keeps scores. Only bare modules of class ``kind`` with ``use_fused_tmsa`` are joined;
     others are called.
     """
     branch = None
