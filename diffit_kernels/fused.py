@@ -24,8 +24,8 @@ def blocks(modules: Iterable[nn.Module], kind: type, x: Tensor, temb: Tensor) ->
     residual and LN read x and a, write x̂ and h: 7 reads and 5 writes. GELU adds 4 and 4 in
     training, where its input is kept, and wherever the product before it cannot apply it as it
     writes (see the mlp op's backends). The eager backend takes more: it reads x again for LN, and
-    its attention keeps scores. Only bare modules of class ``kind`` with ``use_fused_tmsa`` are joined;
-    others are called.
+    its attention keeps scores. Only bare modules of class ``kind`` with ``use_fused_tmsa`` are
+    joined; others are called.
     """
     branch = None
     for module in modules:
