@@ -34,4 +34,4 @@ $(READY): pyproject.toml setup.py Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build diffit_kernels/_native_*.so *.egg-info .pytest_cache .ruff_cache .benchmarks

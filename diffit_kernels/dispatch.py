@@ -11,12 +11,16 @@ Each backend is an overload of the op, ``diffit::<op>.<backend>``, with a twin
 names the implementation it runs, and autograd stays inside the backend that ran the forward.
 
 Order of choice: the ``backend=`` argument, then :func:`use_backend`, then the first backend in
-the device's order of preference that serves the case. An explicit request runs or raises;
-a default that has to pass over a faster backend says so in one warning, once.
+the device's order of preference that serves the case. An explicit request runs or raises. A default
+that has to pass over a faster backend says so in one warning, once for each reason; not where that
+backend has no kernels for the op or the device, nor in float64, which is for checking.
 
 A backend plugs in as a module beside ``eager.py`` with functions of the schema's arguments:
 ``forward``, ``backward``, ``can_run`` (None, or the reason why it cannot), and ``fake`` where the
-results it saves for its backward differ from the eager backend's.
+results it saves for its backward differ from the eager backend's. ``DEVICES``, if the module has
+it, names the device types that its kernels are for, instead of those below. The native kernels'
+library may have to be compiled before it is loaded (:mod:`diffit_kernels.native_library`), which
+``can_run`` sees to; with ``DIFFIT_NATIVE=0`` in the environment it is as if they were not there.
 """
 
 import contextlib
@@ -32,13 +36,16 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from diffit_kernels import native_library
+
 MODULES = {"eager": "eager", "triton": "triton_kernels", "native": "native"}
 BACKENDS = tuple(MODULES)
 PREFERENCE = {"cuda": ("native", "triton", "eager"), "cpu": ("native", "eager")}
+DEVICES = {"native": native_library.DEVICES}  # that a backend has kernels for; the others: any
 
 _library = torch.library.Library("diffit", "DEF")
 _state = threading.local()
-_warned: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 REGISTRY: dict[str, "FusedOp"] = {}
 
 
@@ -66,6 +73,8 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 def _load(package: str, backend: str) -> tuple[ModuleType | None, str | None, bool]:
     """The implementation module of one backend; or why not, and if that is worth a warning."""
+    if backend == "native" and (reason := native_library.switched_off()) is not None:
+        return None, reason, False
     name = f"{package}.{MODULES[backend]}"
     if importlib.util.find_spec(name) is None:
         return None, f"this release has no {backend} kernels for this op", False
@@ -174,12 +183,18 @@ class FusedOp:
         """Why ``backend`` cannot serve these arguments, or None if it can."""
         if backend in self._missing:
             return self._missing[backend][0]
+        if not self.is_built(backend, device := args[0].device.type):
+            return f"this release has no {backend} kernels for {device}"
         can_run = getattr(self._implementations[backend], f"{self._prefix}can_run", None)
         return can_run(*args) if can_run else None
 
-    def is_built(self, backend: str) -> bool:
-        """Whether the backend's kernels for this op are part of this installation."""
-        return backend in self._overloads
+    def is_built(self, backend: str, device: str | None = None) -> bool:
+        """Whether the backend's kernels for this op, and this type of device if one is given, are
+        part of this installation."""
+        if backend in self._missing:
+            return False
+        devices = getattr(self._implementations[backend], "DEVICES", DEVICES.get(backend))
+        return device is None or devices is None or device in devices
 
     def overload(self, backend: str) -> Any:
         """The ``torch.ops.diffit.<name>.<backend>`` overload itself, for tests and tools."""
@@ -206,15 +221,22 @@ class FusedOp:
             reason = self.refusal(candidate, *args)
             if reason is None:
                 return candidate
-            if candidate not in self._missing or self._missing[candidate][1]:
+            if self._is_worth_a_warning(candidate, *args):
                 self._warn_once(candidate, reason)
         raise AssertionError("the eager backend serves every case")
 
+    def _is_worth_a_warning(self, backend: str, *args) -> bool:
+        x = args[0]
+        if x.dtype == torch.float64:
+            return False
+        if backend in self._missing:
+            return self._missing[backend][1]
+        return self.is_built(backend, x.device.type)
+
     def _warn_once(self, backend: str, reason: str) -> None:
-        key = (self.name, backend, reason)
-        if torch.compiler.is_compiling() or key in _warned:
+        if torch.compiler.is_compiling() or (backend, reason) in _warned:
             return
-        _warned.add(key)
+        _warned.add((backend, reason))
         warnings.warn(
             f"{self.name}: the faster backend {backend!r} is passed over: {reason}. "
             "See `diffit-kernels info`.",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from diffit_kernels.ops import adaln, mlp, time_projections, window_attention
+from diffit_kernels.ops import adaln, linear, mlp, time_projections, window_attention
 
 
 def blocks(modules: Iterable[nn.Module], kind: type, x: Tensor, temb: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def attention(module: nn.Module, x: Tensor, temb: Tensor | None, *, backend: str
             f"attention: x must have {height * width} tokens, a {height} x {width} window, "
             f"got {tokens}"
         )
-    qkv = module.qkv(x).reshape(batch, height, width, 3 * channels)
+    qkv = _project(module.qkv, x, backend).reshape(batch, height, width, 3 * channels)
     time_parts = None if temb is None else _time_parts(module.qkv_temb, temb, backend)
     out = window_attention(
         qkv,
@@ -87,7 +87,7 @@ def attention(module: nn.Module, x: Tensor, temb: Tensor | None, *, backend: str
         scale=getattr(module, "scale", None),
         backend=backend,
     )
-    return module.proj(out.view(batch, tokens, channels))
+    return _project(module.proj, out.view(batch, tokens, channels), backend)
 
 
 def norm(module: nn.Module, x: Tensor, *, backend: str | None) -> Tensor:
@@ -120,6 +120,13 @@ def gelu_form(module: nn.Module) -> str | None:
         for part in parts.values()
     )
     return act.approximate if idle else None
+
+
+def _project(module: nn.Module, x: Tensor, backend: str | None) -> Tensor:
+    """module(x); a bare nn.Linear on a CPU by the linear op, for the sake of its native backend."""
+    if x.device.type != "cpu" or not _is_bare(module, nn.Linear):
+        return module(x)
+    return linear(x, module.weight, module.bias, backend=backend)
 
 
 def _time_parts(projection: nn.Module, temb: Tensor, backend: str | None) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import diffit_kernels
+from diffit_kernels import native_library
 from diffit_kernels.dispatch import BACKENDS, PREFERENCE, REGISTRY
 
 TUNED = Path(__file__).parent / "tuned"
@@ -56,6 +57,7 @@ def _backends() -> list[str]:
     tables = sorted(path.stem for path in TUNED.glob("*.json"))
     return [
         *lines,
+        f"native CPU kernels: {native_library.describe()}",
         "triton kernels are tested in Triton's interpreter and compiled for sm_80 to sm_120; they "
         "have not run on a GPU yet",
         f"tile sizes tuned for: {', '.join(tables) or 'no GPU yet, heuristics serve'}",
@@ -72,19 +74,23 @@ def _ops() -> list[str]:
         order = PREFERENCE[device]
         lines.append(f"on {device}, in order of preference: {', '.join(order)}")
         for name, op in REGISTRY.items():
-            built = [backend for backend in order if op.is_built(backend)]
-            lines.append(f"  {name:<18} runs on {built[0]}")
+            obstacles = {backend: _obstacle(op, backend, device) for backend in BACKENDS}
+            runs = next(backend for backend in order if obstacles[backend] is None)
+            lines.append(f"  {name:<18} runs on {runs}")
             lines += [
-                f"  {'':<18}   not {backend}: {_reason(op, backend, device)}"
-                for backend in BACKENDS
-                if backend != built[0]
+                f"  {'':<18}   not {backend}: {obstacle or 'built; a slower choice here'}"
+                for backend, obstacle in obstacles.items()
+                if backend != runs
             ]
     return lines
 
 
-def _reason(op, backend: str, device: str) -> str:
+def _obstacle(op, backend: str, device: str) -> str | None:
+    """Why a backend serves no case of an op on a device by default, or None."""
     if not op.is_built(backend):
         return op.refusal(backend)
     if backend not in PREFERENCE[device]:
         return f"not for {device}"
-    return "built; a slower choice here"
+    if not op.is_built(backend, device):
+        return f"this release has no {backend} kernels for {device}"
+    return native_library.obstacle() if backend == "native" else None

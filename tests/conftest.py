@@ -26,7 +26,7 @@ def pytest_report_header():
 
 def places(backend: str) -> list[str]:
     """The devices on which the tests run a backend: Triton's on the CPU only without a GPU."""
-    return DEVICES[-1:] if backend == "triton" else DEVICES
+    return {"triton": DEVICES[-1:], "native": ["cpu"]}.get(backend, DEVICES)
 
 
 def pytest_generate_tests(metafunc):

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-REFUSED_BY_TRITON = "Triton kernels take float32, bfloat16 and float16, got torch.float64"
+
+def refused_dtype(backend: str, dtype: torch.dtype) -> str | None:
+    """What a backend says of a dtype that it has no kernels for, or None if it has."""
+    if backend == "eager" or dtype != torch.float64:
+        return None
+    name = {"triton": "Triton"}.get(backend, backend)
+    return f"{name} kernels take float32, bfloat16 and float16, got {dtype}"
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 import reference
 from diffit_kernels.dispatch import REGISTRY
 from diffit_kernels.ops import adaln
-from tests.parity import REFUSED_BY_TRITON, assert_close, assert_parity, assert_refused
+from tests.parity import assert_close, assert_parity, assert_refused, refused_dtype
 
 OPS = ("adaln",)
 # name: (B, N, C)
@@ -45,8 +45,8 @@ def literal(*inputs):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parity(shape, per_token, dtype, backend, device):
     inputs = make(SHAPES[shape], per_token=per_token, device=device)
-    if backend == "triton" and dtype == torch.float64:
-        assert_refused(fused, inputs, dtype, REFUSED_BY_TRITON)
+    if reason := refused_dtype(backend, dtype):
+        assert_refused(fused, inputs, dtype, reason)
     else:
         assert_parity(fused, literal, inputs, dtype)
 

@@ -7,12 +7,14 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffit_kernels import dispatch, use_backend
 from diffit_kernels.dispatch import FusedOp
 from diffit_kernels.ops import adaln
 
-X = torch.zeros(1, 2, 8, dtype=torch.float64)  # which Triton's kernels refuse on any device
+X = torch.zeros(1, 2, 8, dtype=torch.float64)  # which no kernels but PyTorch's take
+Y = X.float()
 
 
 def module(name, factor, refusal=None):
@@ -63,10 +65,25 @@ def test_a_plugged_in_backend_is_an_overload_with_its_own_gradient(toy):
 
 def test_a_default_that_falls_warns_once(toy):
     with pytest.warns(RuntimeWarning, match="'native' is passed over: it is Tuesday"):
-        assert toy.choose(X.device, X) == "eager"
+        assert toy.choose(Y.device, Y) == "eager"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert toy.choose(X.device, X) == "eager"
+        assert toy.choose(Y.device, Y) == "eager"
+
+
+def test_a_default_is_silent_where_no_kernels_are_meant_to_serve(toy):
+    """In float64, and on device types that the backend has no kernels for."""
+    with FakeTensorMode():
+        z = torch.empty(1, 2, 8, device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert toy.choose(X.device, X) == toy.choose(z.device, z) == "eager"
+    assert toy.is_built("native") and toy.is_built("native", "cpu")
+    assert not toy.is_built("native", "cuda") and toy.is_built("eager", "cuda")
+    with pytest.raises(NotImplementedError, match="this release has no native kernels for cuda"):
+        toy(z.device, z, backend="native")
+    toy._implementations["native"].DEVICES = ("cuda",)
+    assert toy.is_built("native", "cuda") and not toy.is_built("native", "cpu")
 
 
 def test_an_explicit_request_runs_or_raises(toy):

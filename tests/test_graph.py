@@ -51,6 +51,10 @@ CALLS = {
         lambda: (random(2, 8), [random(6, 8)], []),
         lambda: (strided(2, 8), [strided(6, 8)], []),
     ],
+    "linear": [
+        lambda: (random(2, 3, 8), random(6, 8), random(6)),
+        lambda: (strided(2, 3, 8), strided(6, 8), None),
+    ],
     "mlp": [
         lambda: (
             random(2, 3, 8),

@@ -8,7 +8,7 @@ import torch
 import reference
 from diffit_kernels.dispatch import REGISTRY
 from diffit_kernels.ops import group_norm_silu
-from tests.parity import REFUSED_BY_TRITON, assert_close, assert_parity, assert_refused
+from tests.parity import assert_close, assert_parity, assert_refused, refused_dtype
 
 OPS = ("group_norm_silu",)
 # name: (B, H, W, C), num_groups
@@ -44,8 +44,8 @@ def test_parity(shape, dtype, backend, device):
     size, num_groups = SHAPES[shape]
     fused, literal = functions(num_groups)
     inputs = make(size, device=device)
-    if backend == "triton" and dtype == torch.float64:
-        assert_refused(fused, inputs, dtype, REFUSED_BY_TRITON)
+    if reason := refused_dtype(backend, dtype):
+        assert_refused(fused, inputs, dtype, reason)
     else:
         assert_parity(fused, literal, inputs, dtype)
 

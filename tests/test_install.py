@@ -1,5 +1,6 @@
 """The package as installed: import without Triton or a compiler, info, the command line."""
 
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,8 @@ from diffit_kernels.cli import main
 from diffit_kernels.dispatch import BACKENDS, REGISTRY
 
 
-def test_import_needs_no_triton_and_no_extras():
-    """With Triton, diffusers and the other extras hidden, the package imports and computes."""
+def test_import_needs_no_compiler_no_triton_and_no_extras(tmp_path):
+    """With all of them and the cache of compiled kernels hidden, the package computes."""
     code = """
 import sys
 for name in ("triton", "diffusers", "huggingface_hub", "tqdm", "PIL"):
@@ -22,8 +23,14 @@ from diffit_kernels.cli import main
 assert main(["info"]) == 0
 assert main(["sample", "--model_path", "digits"]) == 2
 """
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    hidden = {"CXX": "/nowhere/c++", "DIFFIT_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **hidden},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert "pip install 'diffit-kernels[sample]'" in result.stderr
 

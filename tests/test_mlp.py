@@ -8,7 +8,7 @@ import torch
 import reference
 from diffit_kernels.dispatch import REGISTRY
 from diffit_kernels.ops import mlp
-from tests.parity import REFUSED_BY_TRITON, assert_close, assert_parity, assert_refused
+from tests.parity import assert_close, assert_parity, assert_refused, refused_dtype
 
 OPS = ("mlp",)
 SIZES = [
@@ -38,8 +38,8 @@ def test_parity(sizes, approximate, dtype, backend, device):
     form = {"approximate": approximate}
     functions = functools.partial(mlp, **form), functools.partial(literal, **form)
     inputs = make(**sizes, device=device)
-    if backend == "triton" and dtype == torch.float64:
-        assert_refused(functions[0], inputs, dtype, REFUSED_BY_TRITON)
+    if reason := refused_dtype(backend, dtype):
+        assert_refused(functions[0], inputs, dtype, reason)
     else:
         assert_parity(*functions, inputs, dtype)
 

@@ -6,10 +6,10 @@ import torch
 from diffit_kernels.dispatch import REGISTRY
 from diffit_kernels.ops import time_projection, time_projections
 from tests.parity import (
-    REFUSED_BY_TRITON,
     assert_close,
     assert_parity,
     assert_refused,
+    refused_dtype,
     values_and_gradients,
 )
 
@@ -47,8 +47,8 @@ def test_time_projection(shape, with_bias, dtype, backend, device):
     sizes = (batch, tokens, k), (m, k), (batch, m)
     x, weight, temb = (torch.randn(size, device=device) for size in sizes)
     inputs = (x, weight, bias, temb)
-    if backend == "triton" and dtype == torch.float64:
-        assert_refused(time_projection, inputs, dtype, REFUSED_BY_TRITON)
+    if reason := refused_dtype(backend, dtype):
+        assert_refused(time_projection, inputs, dtype, reason)
     else:
         assert_parity(time_projection, literal, inputs, dtype)
 
@@ -104,8 +104,8 @@ def test_time_projections(shape, with_bias, dtype, backend, device):
     parameters += [torch.randn(3 * width) for _ in range(blocks)] if with_bias else []
     inputs = [t.to(device) for t in (torch.randn(batch, k), *parameters)]
     functions = many(blocks, with_bias)
-    if backend == "triton" and dtype == torch.float64:
-        assert_refused(functions[0], inputs, dtype, REFUSED_BY_TRITON)
+    if reason := refused_dtype(backend, dtype):
+        assert_refused(functions[0], inputs, dtype, reason)
     else:
         assert_parity(*functions, inputs, dtype)
 

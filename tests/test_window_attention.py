@@ -8,10 +8,10 @@ from diffit_kernels.dispatch import use_backend
 from diffit_kernels.ops import window_attention
 from tests.conftest import places
 from tests.parity import (
-    REFUSED_BY_TRITON,
     assert_close,
     assert_parity,
     assert_refused,
+    refused_dtype,
     relative_error,
 )
 
@@ -71,7 +71,7 @@ def refused(backend, case, dtype):
     """Why a backend has no kernel for the case, or None."""
     if backend == "triton" and case == "head_dim 4":
         return "head_dim must be a multiple of 8 from 8 to 128, got 4"
-    return REFUSED_BY_TRITON if backend == "triton" and dtype == torch.float64 else None
+    return refused_dtype(backend, dtype)
 
 
 def check_parity(case, dtype, backend, device):

@@ -1,0 +1,48 @@
+// The choice of an instruction set, once per process.
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace diffit {
+namespace {
+
+struct Offer {
+  const Kernels* kernels;
+  bool runs;
+};
+
+const Kernels& choose() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const Offer offers[] = {
+      {&kAvx512Bf16Kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {&kAvx512Kernels, avx512},
+      {&kAvx2Kernels, avx2},
+      {&kPortableKernels, true},
+  };
+#else
+  const Offer offers[] = {{&kPortableKernels, true}};
+#endif
+  const char* limit = std::getenv("DIFFIT_CPU_CAPABILITY");
+  bool allowed = limit == nullptr || *limit == '\0';
+  for (const Offer& offer : offers) {
+    allowed = allowed || std::string(limit) == offer.kernels->name;
+    if (allowed && offer.runs) return *offer.kernels;
+  }
+  throw std::invalid_argument("DIFFIT_CPU_CAPABILITY must be portable, avx2, avx512 or avx512_bf16, got '" +
+                              std::string(limit) + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace diffit

@@ -1,0 +1,83 @@
+"""linear: values and every gradient, and when which library does the product."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffit_kernels.ops import linear, native_products
+from tests.parity import assert_parity, assert_refused, refused_dtype
+
+OPS = ("linear",)
+SIZES = {"small": (2, 5, 24, 36), "odd": (3, 7, 33, 13), "one oneDNN takes": (2, 64, 96, 128)}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(batch, tokens, width, out, device="cpu"):
+    sizes = (batch, tokens, width), (out, width), (out,)
+    return [torch.randn(size, device=device) for size in sizes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_parity(size, dtype, backend, device):
+    inputs = make(*SIZES[size], device=device)
+    if reason := refused_dtype(backend, dtype):
+        assert_refused(linear, inputs, dtype, reason)
+    else:
+        assert_parity(linear, F.linear, inputs, dtype)
+
+
+def test_bias_is_optional(backend, device):
+    assert_parity(linear, F.linear, [*make(2, 64, 96, 128, device)[:2], None], torch.float32)
+
+
+def test_inputs_need_not_be_contiguous(backend, device):
+    x, weight, bias = (torch.randn(s, device=device) for s in ((96, 64, 2), (96, 128), (128,)))
+    inputs = x.transpose(0, 2), weight.t(), bias
+    assert_parity(linear, F.linear, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8)])
+def test_empty(shape, backend, device):
+    leaves = [torch.randn(s, device=device, requires_grad=True) for s in (shape, (6, 8), (6,))]
+    out = linear(*leaves)
+    assert out.shape == (*shape[:2], 6)
+    out.sum().backward()
+    assert all(leaf.grad.eq(0).all() for leaf in leaves)
+
+
+def test_under_autocast(backend, device):
+    x, weight, bias = make(*SIZES["small"], device)
+    with torch.autocast(device, torch.bfloat16):
+        out = linear(x, weight, bias)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()))
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_library_is_chosen_by_size_dtype_and_processor(slow, monkeypatch):
+    """oneDNN where torch would call MKL for a large float32 product and MKL is slow."""
+    monkeypatch.setattr(native_products, "_mkl_is_slow", lambda: slow)
+    large, small = torch.randn(64, 512), torch.randn(4, 512)
+    assert native_products._by_onednn(large, 512) == slow
+    assert not native_products._by_onednn(small, 8)
+    assert not native_products._by_onednn(large.bfloat16(), 512)
+
+
+ERRORS = {
+    "x must have 3 dimensions": (ValueError, {"x": torch.zeros(5, 8)}),
+    r"weight must have shape \(\*, 8\), got \(6, 7\)": (ValueError, {"weight": torch.zeros(6, 7)}),
+    r"bias must have shape \(6\), got \(7,\)": (ValueError, {"bias": torch.zeros(7)}),
+    "weight must be float32, got torch.bfloat16": (
+        TypeError,
+        {"weight": torch.zeros(6, 8, dtype=torch.bfloat16)},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_rule_and_value(message):
+    kind, change = ERRORS[message]
+    inputs = {"x": torch.zeros(2, 5, 8), "weight": torch.zeros(6, 8), "bias": torch.zeros(6)}
+    with pytest.raises(kind, match=message):
+        linear(**(inputs | change))

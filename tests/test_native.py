@@ -1,0 +1,128 @@
+"""The CPU kernels as a whole: threads, instruction sets, sanitizers, peak memory."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffit_kernels import native_library, use_backend
+from diffit_kernels.ops import (
+    adaln,
+    group_norm_silu,
+    linear,
+    mlp,
+    time_projection,
+    window_attention,
+)
+
+ROOT = Path(__file__).parents[1]
+SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def attention(qkv, table, temb):
+    return window_attention(qkv, table, temb, num_heads=3, window_size=(4, 6))
+
+
+def cell(x, weight, bias):
+    return group_norm_silu(x, weight, bias, num_groups=4)
+
+
+# name: (function, shapes, whether every number comes from our own kernels)
+CALLS = {
+    "window_attention": (attention, [(5, 8, 12, 3 * 72), (77, 3), (5, 2 * 72)], True),
+    "adaln": (
+        lambda x, y, gate, shift, scale, weight, bias: adaln(
+            x, shift, scale, y=y, gate=gate, weight=weight, bias=bias
+        ),
+        [(5, 70, 200), (5, 70, 200), (5, 200), (5, 200), (5, 200), (200,), (200,)],
+        True,
+    ),
+    "group_norm_silu": (cell, [(3, 20, 20, 48), (48,), (48,)], True),
+    "mlp": (mlp, [(3, 70, 48), (200, 48), (200,), (48, 200), (48,)], False),
+    "linear": (linear, [(3, 70, 48), (200, 48), (200,)], False),
+    "time_projection": (time_projection, [(3, 70, 48), (96, 48), (96,), (3, 96)], False),
+}
+
+
+def results(function, shapes, dtype, threads):
+    """Outputs and gradients, computed by so many threads."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with use_backend("native"):
+            outputs = function(*leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+    finally:
+        torch.set_num_threads(before)
+    return [*outputs, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_any_number_of_threads_gives_the_same_results(name, dtype):
+    """To the bit, also again with as many; products are the libraries', and agree to rounding."""
+    function, shapes, exact = CALLS[name]
+    expected = results(function, shapes, dtype, 1)
+    for threads in (1, 2, 3):
+        for ours, one in zip(results(function, shapes, dtype, threads), expected, strict=True):
+            if exact or threads == 1:
+                assert torch.equal(ours, one)
+            else:
+                torch.testing.assert_close(ours, one)
+
+
+def is_here(name):
+    """Whether the processor has the instruction set: a limit lowers the choice, and no more."""
+    code = "from diffit_kernels import native_library as n; print(n.ops().cpu_capability())"
+    environment = os.environ | {"DIFFIT_CPU_CAPABILITY": name}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return result.stdout.strip() == name
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_parity_on_every_instruction_set(name):
+    """The native tests of all ops, in a process that may use no better one."""
+    if not is_here(name):
+        pytest.skip(f"this processor has no {name}")
+    stages = ("window_attention", "adaln", "mlp", "group_norm", "linear", "time_projection")
+    files = [f"tests/test_{stage}.py" for stage in stages]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "native", "-m", "not slow", *files]
+    environment = os.environ | {"DIFFIT_CPU_CAPABILITY": name}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_sanitizers_find_nothing(tmp_path):
+    """Addresses and undefined behaviour, on buffers of exactly the promised sizes."""
+    if (why := native_library.missing_tool()) is not None:
+        pytest.skip(why)
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = "-std=c++20 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-psabi"
+    sources = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), ROOT / "tests" / "sanitizers" / "main.cpp"]
+    compilations = [
+        subprocess.Popen(
+            [*compiler, *flags.split(), f"-I{ROOT / 'csrc'}", "-c", source, "-o", f"{index}.o"],
+            cwd=tmp_path,
+        )
+        for index, source in enumerate(sources)
+    ]
+    assert [compilation.wait() for compilation in compilations] == [0] * len(sources)
+    objects = [f"{index}.o" for index in range(len(sources))]
+    link = [*compiler, *flags.split(), *objects, "-o", "sanitized"]
+    subprocess.run(link, cwd=tmp_path, check=True)
+    for name in SETS:
+        if is_here(name):
+            environment = os.environ | {"DIFFIT_CPU_CAPABILITY": name}
+            program = tmp_path / "sanitized"
+            run = subprocess.run([program], env=environment, capture_output=True, text=True)
+            assert run.returncode == 0 and run.stdout == f"{name}\n", run.stderr[-3000:]
