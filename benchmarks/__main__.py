@@ -10,8 +10,9 @@ def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="the table of a file of rows, in Markdown")
+    report = commands.add_parser("report", help="the tables of a file of rows, in Markdown")
     report.add_argument("rows", type=Path, help="written by pytest benchmarks --benchmark-json")
+    report.add_argument("--baseline", default="literal", help="the provider to compare with")
     resources = commands.add_parser(
         "resources", help="registers, spills and shared memory of every kernel, without a GPU"
     )
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     if given.command == "report":
         from benchmarks.report import report
 
-        print(report(given.rows))
+        print(report(given.rows, given.baseline))
         return 0
     if given.command == "tune":
         from benchmarks.tune import tune

@@ -6,11 +6,16 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "cpu/kernels.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -20,6 +25,7 @@ using diffit::kernels;
 std::string cpu_capability() { return kernels().name; }
 
 diffit::Number number_of(const Tensor& tensor) {
+  TORCH_CHECK(tensor.is_cpu(), "CPU kernels take tensors on the CPU, got ", tensor.device());
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return diffit::Number::kFloat32;
@@ -28,7 +34,8 @@ diffit::Number number_of(const Tensor& tensor) {
     case at::kHalf:
       return diffit::Number::kFloat16;
     default:
-      TORCH_CHECK(false, "CPU kernels take float32, bfloat16 and float16, got ", tensor.scalar_type());
+      TORCH_CHECK(false, "CPU kernels take float32, bfloat16 and float16, got ",
+                  tensor.scalar_type());
   }
 }
 
@@ -38,26 +45,52 @@ const float* floats(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
 }
 
-// Where a result is written: nowhere if it is left out, which a tensor without elements says.
-void* result(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
-
-// Tasks 0 to `tasks` of a kernel, over PyTorch's threads.
-template <class Arguments>
-void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t tasks) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+// Where a result is written: nowhere if it is left out, which a tensor without elements says. The
+// allocator gives large tensors fresh memory, whose first touch costs more than the kernels' work
+// page by page: large pages are asked for where they are to be had on request.
+void* result(const Tensor& tensor) {
+  if (!tensor.numel()) return nullptr;
+  void* data = tensor.mutable_data_ptr();
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + tensor.nbytes()) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return data;
 }
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
+// How many of `tasks`, which go over so many numbers in all, are worth waking a thread for.
+int64_t grain(int64_t tasks, int64_t numbers) {
+  constexpr int64_t kWorthAThread = 32768;  // numbers: about 10 µs
+  return std::max<int64_t>(1, blocks(tasks * kWorthAThread, std::max<int64_t>(1, numbers)));
+}
+
+// Tasks 0 to `tasks` of a kernel, over PyTorch's threads.
+template <class Arguments>
+void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments,
+         int64_t tasks, int64_t grain = 1) {
+  at::parallel_for(0, tasks, grain,
+                   [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
 // Into how many chunks each sample's rows are cut where a task leaves sums over its rows: enough
-// for many threads, of at least 16 rows, so that the sums are little beside them, and of at most 64,
-// so that no sum is over many terms. Threads do not count: results are the same for any number.
+// for many threads, of at least 16 rows, so that the sums are little beside them, and of at most
+// 64, so that no sum is over many terms. Threads do not count: results are the same for any number.
 int64_t chunks(int64_t samples, int64_t rows) {
   const int64_t for_threads = std::min<int64_t>(rows / 16, 128 / std::max<int64_t>(1, samples));
   return std::max<int64_t>({1, for_threads, blocks(rows, 64)});
 }
 
 Tensor room(at::IntArrayRef sizes) { return at::empty(sizes, at::kFloat); }
+
+void sum_rows(const float* rows, int64_t count, const Tensor& out) {
+  const diffit::SumRows a{rows, count, out.numel(), out.mutable_data_ptr(), number_of(out)};
+  const int64_t tasks = blocks(a.columns, diffit::kSumColumns);
+  run(kernels().sum_rows, a, tasks, grain(tasks, count * a.columns));
+}
 
 // ---- window_attention --------------------------------------------------------------------------
 
@@ -78,7 +111,7 @@ void window_attention_forward(const Tensor& qkv, const std::optional<Tensor>& te
                               const std::optional<Tensor>& table, int64_t num_heads,
                               at::IntArrayRef window, double scale, const Tensor& out) {
   auto a = window_attention(qkv, temb, table, num_heads, window, scale);
-  a.out = out.mutable_data_ptr();
+  a.out = result(out);
   run(kernels().window_attention_forward, a, diffit::forward_tasks(a));
 }
 
@@ -86,12 +119,15 @@ void window_attention_backward(const Tensor& grad_out, const Tensor& qkv,
                                const std::optional<Tensor>& temb,
                                const std::optional<Tensor>& table, int64_t num_heads,
                                at::IntArrayRef window, double scale, const Tensor& dqkv,
-                               const Tensor& dtemb, const Tensor& dtable, int64_t groups) {
+                               const Tensor& dtemb, const Tensor& dtable) {
   auto a = window_attention(qkv, temb, table, num_heads, window, scale);
-  a.grad_out = pointer(grad_out);
-  a.dqkv = dqkv.mutable_data_ptr(), a.groups = groups;
-  a.dtemb = static_cast<float*>(result(dtemb)), a.dtable = static_cast<float*>(result(dtable));
-  run(kernels().window_attention_backward, a, a.groups * a.heads);
+  a.grad_out = pointer(grad_out), a.dqkv = result(dqkv);
+  a.dtemb = static_cast<float*>(result(dtemb));
+  a.groups = diffit::backward_groups(a);
+  const Tensor parts = room({table.has_value() ? a.groups : 0, dtable.numel()});
+  a.dtable = static_cast<float*>(result(parts));
+  run(kernels().window_attention_backward, a, diffit::backward_tasks(a));
+  if (a.dtable) sum_rows(a.dtable, a.groups, dtable);
 }
 
 // ---- adaln -------------------------------------------------------------------------------------
@@ -135,7 +171,8 @@ void adaln_forward(const Tensor& x, const std::optional<Tensor>& y,
   auto a = adaln(x, y, gate, shift, scale, weight, bias, mean, rstd);
   a.eps = static_cast<float>(eps);
   a.out = result(out), a.residual = result(residual);
-  run(kernels().adaln_forward, a, blocks(a.samples * a.tokens, diffit::kAdaLNRows));
+  const int64_t tasks = blocks(a.samples * a.tokens, diffit::kAdaLNRows);
+  run(kernels().adaln_forward, a, tasks, grain(tasks, x.numel()));
 }
 
 void adaln_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_residual,
@@ -167,8 +204,10 @@ void adaln_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_re
     *pointer = next;
     next += a.samples * a.chunks * a.channels;
   }
-  run(kernels().adaln_backward, a, a.samples * a.chunks);
-  if (kinds) run(kernels().adaln_sums, a, blocks(a.channels, diffit::kSumColumns));
+  const int64_t tasks = a.samples * a.chunks;
+  run(kernels().adaln_backward, a, tasks, grain(tasks, residual.numel()));
+  const int64_t sum_tasks = blocks(a.channels, diffit::kSumColumns);
+  if (kinds) run(kernels().adaln_sums, a, sum_tasks, grain(sum_tasks, sums.numel()));
 }
 
 // ---- mlp ---------------------------------------------------------------------------------------
@@ -178,18 +217,14 @@ diffit::Gelu gelu(const Tensor& hidden, const Tensor& activation, bool exact) {
   a.number = number_of(hidden);
   a.exact = exact;
   a.columns = hidden.size(-1), a.rows = a.columns ? hidden.numel() / a.columns : 0;
-  a.hidden = pointer(hidden), a.activation = activation.mutable_data_ptr();
+  a.hidden = pointer(hidden), a.activation = result(activation);
   return a;
 }
 
 void gelu_forward(const Tensor& hidden, const Tensor& activation, bool exact) {
   const auto a = gelu(hidden, activation, exact);
-  run(kernels().gelu_forward, a, blocks(a.rows * a.columns, diffit::kGeluBlock));
-}
-
-void sum_rows(const float* rows, int64_t count, const Tensor& out) {
-  const diffit::SumRows a{rows, count, out.numel(), out.mutable_data_ptr(), number_of(out)};
-  run(kernels().sum_rows, a, blocks(a.columns, diffit::kSumColumns));
+  const int64_t tasks = blocks(hidden.numel(), diffit::kGeluBlock);
+  run(kernels().gelu_forward, a, tasks, grain(tasks, hidden.numel()));
 }
 
 void gelu_backward(const Tensor& hidden, const Tensor& activation, const Tensor& grad,
@@ -199,7 +234,7 @@ void gelu_backward(const Tensor& hidden, const Tensor& activation, const Tensor&
   a.chunks = chunks(1, a.rows);
   const Tensor sums = room({dbias.numel() ? a.chunks : 0, a.columns});
   a.sum = dbias.numel() ? sums.mutable_data_ptr<float>() : nullptr;
-  run(kernels().gelu_backward, a, a.chunks);
+  run(kernels().gelu_backward, a, a.chunks, grain(a.chunks, hidden.numel()));
   if (a.sum) sum_rows(a.sum, a.chunks, dbias);
 }
 
@@ -224,13 +259,14 @@ using GroupNormKernel = diffit::Kernels::GroupNormKernel;
 // by sample. A thread with whole samples of its own finds each still in its cache in the last step.
 void in_steps(const diffit::GroupNorm& a, GroupNormKernel first, GroupNormKernel between,
               GroupNormKernel last) {
+  const int64_t chunks = a.samples * a.chunks, numbers = a.samples * a.pixels * a.channels;
   if (a.samples < at::get_num_threads()) {
-    run(first, a, a.samples * a.chunks);
-    if (between) run(between, a, a.samples);
-    run(last, a, a.samples * a.chunks);
+    run(first, a, chunks, grain(chunks, numbers));
+    if (between) run(between, a, a.samples, grain(a.samples, chunks * a.channels));
+    run(last, a, chunks, grain(chunks, numbers));
     return;
   }
-  at::parallel_for(0, a.samples, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, a.samples, grain(a.samples, numbers), [&](int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
       first(a, sample * a.chunks, (sample + 1) * a.chunks);
       if (between) between(a, sample, sample + 1);
@@ -244,7 +280,7 @@ void group_norm_forward(const Tensor& x, const std::optional<Tensor>& weight,
                         const Tensor& mean, const Tensor& rstd) {
   auto a = group_norm(x, weight, bias, mean, rstd);
   a.eps = static_cast<float>(eps);
-  a.out = out.mutable_data_ptr();
+  a.out = result(out);
   const Tensor parts = room({a.samples * a.chunks, 2, a.channels});
   a.parts = parts.mutable_data_ptr<float>();
   in_steps(a, kernels().group_norm_statistics, kernels().group_norm_merge,
@@ -256,7 +292,7 @@ void group_norm_backward(const Tensor& grad_out, const Tensor& x,
                          const Tensor& mean, const Tensor& rstd, const Tensor& dx,
                          const Tensor& dweight, const Tensor& dbias) {
   auto a = group_norm(x, weight, bias, mean, rstd);
-  a.grad_out = pointer(grad_out), a.dx = dx.mutable_data_ptr();
+  a.grad_out = pointer(grad_out), a.dx = result(dx);
   const Tensor sums = room({2, a.samples * a.chunks, a.channels});
   a.sum = sums.mutable_data_ptr<float>();
   a.sum_normed = a.sum + a.samples * a.chunks * a.channels;
@@ -270,18 +306,19 @@ void group_norm_backward(const Tensor& grad_out, const Tensor& x,
 TORCH_LIBRARY(diffit_native, library) {
   library.def("cpu_capability() -> str", &cpu_capability);
   library.def(
-      "window_attention_forward(Tensor qkv, Tensor? temb, Tensor? table, int num_heads, int[2] window, "
+      "window_attention_forward(Tensor qkv, Tensor? temb, Tensor? table, int num_heads, int[2] "
+      "window, "
       "float scale, Tensor(a!) out) -> ()",
       &window_attention_forward);
   library.def(
       "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor? temb, Tensor? table, "
       "int num_heads, int[2] window, float scale, Tensor(a!) dqkv, Tensor(b!) dtemb, "
-      "Tensor(c!) dtable, int groups) -> ()",
+      "Tensor(c!) dtable) -> ()",
       &window_attention_backward);
   library.def(
-      "adaln_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, "
-      "Tensor? bias, float eps, Tensor(a!) out, Tensor(b!) residual, Tensor(c!) mean, "
-      "Tensor(d!) rstd) -> ()",
+      "adaln_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, "
+      "Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, Tensor(b!) residual, "
+      "Tensor(c!) mean, Tensor(d!) rstd) -> ()",
       &adaln_forward);
   library.def(
       "adaln_backward(Tensor grad_out, Tensor? grad_residual, Tensor residual, Tensor? y, "
@@ -289,7 +326,8 @@ TORCH_LIBRARY(diffit_native, library) {
       "Tensor rstd, Tensor(a!) dx, Tensor(b!) dy, Tensor(c!) dgate, Tensor(d!) dshift, "
       "Tensor(e!) dscale, Tensor(f!) dweight, Tensor(g!) dbias) -> ()",
       &adaln_backward);
-  library.def("gelu_forward(Tensor hidden, Tensor(a!) activation, bool exact) -> ()", &gelu_forward);
+  library.def("gelu_forward(Tensor hidden, Tensor(a!) activation, bool exact) -> ()",
+              &gelu_forward);
   library.def(
       "gelu_backward(Tensor hidden, Tensor(a!) activation, Tensor(b!) grad, Tensor(c!) dbias, "
       "bool exact) -> ()",

@@ -9,8 +9,8 @@ struct ValueAndSlope {
   Vec value, slope;
 };
 
-// 2^x for x <= 0, to 2e-7 of it, less what x itself was rounded by: enough for weights of at most 1.
-// x = n + f with |f| <= 1/2: n goes to the exponent, 2^f is a Chebyshev interpolation.
+// 2^x for x <= 0, to 2e-7 of it: with arguments rounded before, good for numbers added to 1, as in
+// a sigmoid. x = n + f, |f| <= 1/2: n goes to the exponent, 2^f is a Chebyshev interpolation.
 DIFFIT_INLINE Vec exp2(Vec x) {
 #if DIFFIT_LANES == 16
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

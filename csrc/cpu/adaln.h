@@ -120,9 +120,8 @@ DIFFIT_INLINE float add_branch(const X* x, const Y* y, const float* gate, X* res
 template <class X>
 DIFFIT_INLINE float sum_row(const X* x, int64_t channels) {
   Vec total[kWays] = {};
-  by_vector<kWays>(channels, [&](int64_t c, auto lanes, int way) DIFFIT_BODY {
-    total[way] += load(x + c, lanes);
-  });
+  by_vector<kWays>(channels, [&](int64_t c, auto lanes, int way)
+                                 DIFFIT_BODY { total[way] += load(x + c, lanes); });
   return sum(total);
 }
 

@@ -1,11 +1,11 @@
 // The gradients of adaln, with du = grad_out · factor and x̂ taken again from the saved statistics:
 //
 //     dx = rstd (du - mean(du) - x̂ mean(du x̂)) + grad_residual        dy = gate · dx
-//     dgate = Σ y dx   dshift = Σ grad_out   dscale = Σ grad_out (x̂ weight + bias)
-//     dweight = Σ h x̂   dbias = Σ h   h = grad_out (1 + scale)
+//     dgate = Σ y dx    dshift = Σ grad_out    dscale = Σ grad_out (x̂ weight + bias)
+//     dweight = Σ h x̂   dbias = Σ h            h = grad_out (1 + scale)
 //
-// A task is a chunk of one sample's tokens and leaves its sums; adaln_sums adds them up. A scale per
-// sample is a common factor: there the sums are of h = grad_out, and every gradient follows from
+// A task is a chunk of one sample's tokens, and leaves its sums; adaln_sums adds them up. A scale
+// per sample is a common factor: there h is grad_out in the sums, and every gradient follows from
 // Σ h and Σ h x̂.
 #pragma once
 
@@ -33,8 +33,8 @@ struct Means {
 
 // The means of a row, and Σ h and Σ h x̂ on the way if there is anything to sum.
 template <bool kSums, class X>
-DIFFIT_INLINE Means means_of(const Normed<X>& row, const float* scale, float* sum, float* sum_normed,
-                             int64_t channels) {
+DIFFIT_INLINE Means means_of(const Normed<X>& row, const float* scale, float* sum,
+                             float* sum_normed, int64_t channels) {
   Vec du[2] = {}, du_normed[2] = {};
   by_vector<2>(channels, [&](int64_t c, auto lanes, int way) DIFFIT_BODY {
     const Vec dout = load(row.dout + c, lanes), normed = row.at(c, lanes);
@@ -71,15 +71,40 @@ inline void token_gradients(const AdaLN& a, const Normed<X>& row, const Affine& 
   }
 }
 
+// dx, and with y also dy and the gate's part: y dx is added to `sum_branch`, if there is one.
+template <class X, class Y>
+DIFFIT_INLINE void row_gradients(const AdaLN& a, const Normed<X>& row, Means means, int64_t at,
+                                 const float* gate, float* sum_branch) {
+  const auto* dresidual = a.grad_residual ? static_cast<const X*>(a.grad_residual) + at : nullptr;
+  X* dx = static_cast<X*>(a.dx) + at;
+  const auto gradient = [&](int64_t c, auto lanes) DIFFIT_BODY {
+    const Vec du = load(row.dout + c, lanes) * load(row.factor + c, lanes);
+    const Vec value = (du - means.du - row.at(c, lanes) * means.du_normed) * row.rstd;
+    return dresidual ? value + load(dresidual + c, lanes) : value;
+  };
+  if (!a.y.data) {
+    by_vector<2>(a.channels, [&](int64_t c, auto lanes, int)
+                                 DIFFIT_BODY { store(dx + c, gradient(c, lanes), lanes); });
+    return;
+  }
+  const Y* y = static_cast<const Y*>(a.y.data) + at;
+  Y* dy = static_cast<Y*>(a.dy) + at;
+  by_vector<2>(a.channels, [&](int64_t c, auto lanes, int) DIFFIT_BODY {
+    const Vec value = gradient(c, lanes);
+    store(dx + c, value, lanes);
+    store(dy + c, value * load(gate + c, lanes), lanes);
+    if (sum_branch) add_to(sum_branch + c, value * load(y + c, lanes), lanes);
+  });
+}
+
 template <class X, class Y, bool kSums>
 inline void adaln_backward_chunks(const AdaLN& a, int64_t begin, int64_t end) {
   const int64_t channels = a.channels;
   Scratch scratch(Affine::floats(channels) + Gate::floats(channels) + Scratch::round(channels));
   Affine affine(a, scratch);
-  Gate gates(a, scratch);
+  Gate gate(a, scratch);
   float* room = scratch.take(channels);
   const bool gate_per_token = a.gate.grad && a.gate.token_stride;
-  const auto* dresidual = static_cast<const X*>(a.grad_residual);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t sample = task / a.chunks, chunk = task % a.chunks;
     float* sums[] = {a.sum, a.sum_normed, a.sum_branch, a.sum_dout};
@@ -87,7 +112,6 @@ inline void adaln_backward_chunks(const AdaLN& a, int64_t begin, int64_t end) {
       if (sum) fill_row(sum += task * channels, channels, 0.0f);
     }
     auto [sum, sum_normed, sum_branch, sum_dout] = sums;
-    if (gate_per_token) sum_branch = room;
     const int64_t last = (chunk + 1) * a.tokens / a.chunks;
     for (int64_t token = chunk * a.tokens / a.chunks; token < last; ++token) {
       const int64_t index = sample * a.tokens + token, at = index * channels;
@@ -101,29 +125,9 @@ inline void adaln_backward_chunks(const AdaLN& a, int64_t begin, int64_t end) {
           add_to(sum_dout + c, load(row.dout + c, lanes), lanes);
         });
       }
-      X* dx = static_cast<X*>(a.dx) + at;
-      const auto gradient = [&](int64_t c, auto lanes) DIFFIT_BODY {
-        const Vec du = load(row.dout + c, lanes) * load(row.factor + c, lanes);
-        const Vec value = (du - means.du - row.at(c, lanes) * means.du_normed) * row.rstd;
-        return dresidual ? value + load(dresidual + at + c, lanes) : value;
-      };
-      if (!a.y.data) {
-        by_vector<2>(channels, [&](int64_t c, auto lanes, int) DIFFIT_BODY {
-          store(dx + c, gradient(c, lanes), lanes);
-        });
-      } else {
-        if (gate_per_token) fill_row(room, channels, 0.0f);
-        const float* gate = gates.at(sample, token);
-        const Y* y = static_cast<const Y*>(a.y.data) + at;
-        Y* dy = static_cast<Y*>(a.dy) + at;
-        by_vector<2>(channels, [&](int64_t c, auto lanes, int) DIFFIT_BODY {
-          const Vec value = gradient(c, lanes);
-          store(dx + c, value, lanes);
-          store(dy + c, value * load(gate + c, lanes), lanes);
-          if (sum_branch) add_to(sum_branch + c, value * load(y + c, lanes), lanes);
-        });
-        if (gate_per_token) from_floats(room, channels, a.gate.grad, a.gate.number, at);
-      }
+      if (gate_per_token) fill_row(sum_branch = room, channels, 0.0f);
+      row_gradients<X, Y>(a, row, means, at, gate.at(sample, token), sum_branch);
+      if (gate_per_token) from_floats(room, channels, a.gate.grad, a.gate.number, at);
       token_gradients(a, row, affine, at, room);
     }
   }
@@ -138,63 +142,39 @@ inline void adaln_backward(const AdaLN& a, int64_t begin, int64_t end) {
   });
 }
 
-// Tasks are blocks of kSumColumns channels.
+// The gradients that are sums over tokens; tasks are blocks of kSumColumns channels.
 inline void adaln_sums(const AdaLN& a, int64_t begin, int64_t end) {
-  const int64_t channels = a.channels, rows = a.samples * a.chunks;
-  Scratch scratch(5 * kSumColumns);
-  float *scale_room = scratch.take(kSumColumns), *weight_room = scratch.take(kSumColumns),
-        *bias_room = scratch.take(kSumColumns), *dweight = scratch.take(kSumColumns),
-        *dbias = scratch.take(kSumColumns);
+  const int64_t channels = a.channels, first = begin * kSumColumns;
+  const int64_t last = end * kSumColumns < channels ? end * kSumColumns : channels;
   const auto per_sample = [](const Modulation& m) { return m.grad && !m.token_stride; };
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task * kSumColumns, left = channels - first;
-    const int64_t size = left < kSumColumns ? left : kSumColumns;
-    const auto part = [&](const Input& input, float* room) {
-      return input.data ? as_floats(input.data, input.number, first, size, room) : nullptr;
-    };
-    const float *weight = part(a.weight, weight_room), *bias = part(a.bias, bias_room);
-    fill_row(dweight, size, 0.0f);
-    fill_row(dbias, size, 0.0f);
+  by_vector<1>(last - first, [&](int64_t from_first, auto lanes, int) {
+    const int64_t c = first + from_first;
+    const Vec weight =
+        a.weight.data ? load_as(a.weight.data, a.weight.number, c, lanes) : fill(1.0f);
+    const Vec bias = a.bias.data ? load_as(a.bias.data, a.bias.number, c, lanes) : Vec{};
+    Vec dweight{}, dbias{};
     for (int64_t sample = 0; sample < a.samples; ++sample) {
-      const float* scale = nullptr;
+      const auto total = [&](const float* sums) {
+        if (!sums) return Vec{};
+        return sum_down(sums + sample * a.chunks * channels + c, a.chunks, channels, lanes);
+      };
+      const auto put = [&](const Modulation& m, Vec grad) {
+        store_as(m.grad, m.number, sample * channels + c, grad, lanes);
+      };
+      const Vec h = total(a.sum), h_normed = total(a.sum_normed);
+      Vec factor = fill(1.0f);
+      if (per_sample(a.gate)) put(a.gate, total(a.sum_branch));
+      if (per_sample(a.shift)) put(a.shift, a.sum_dout ? total(a.sum_dout) : h);
       if (per_sample(a.scale)) {
-        scale = as_floats(a.scale.data, a.scale.number, sample * a.scale.sample_stride + first,
-                          size, scale_room);
+        put(a.scale, h_normed * weight + h * bias);
+        factor += load_as(a.scale.data, a.scale.number, sample * a.scale.sample_stride + c, lanes);
       }
-      by_vector<1>(size, [&](int64_t c, auto lanes, int) DIFFIT_BODY {
-        const auto total = [&](const float* sums) {
-          Vec value{};
-          for (int64_t row = sample * a.chunks; sums && row < (sample + 1) * a.chunks; ++row) {
-            value += load(sums + row * channels + first + c, lanes);
-          }
-          return value;
-        };
-        const auto put = [&](void* to, Number number, int64_t at, Vec value) {
-          with_number(number, [&](auto type) {
-            store(static_cast<decltype(type)*>(to) + at, value, lanes);
-          });
-        };
-        const int64_t at = sample * channels + first + c;
-        const Vec h = total(a.sum), h_normed = total(a.sum_normed);
-        if (per_sample(a.gate)) put(a.gate.grad, a.gate.number, at, total(a.sum_branch));
-        if (per_sample(a.shift)) {
-          put(a.shift.grad, a.shift.number, at, a.sum_dout ? total(a.sum_dout) : h);
-        }
-        Vec by = fill(1.0f);
-        if (scale) {
-          Vec dscale = weight ? h_normed * load(weight + c, lanes) : h_normed;
-          if (bias) dscale += h * load(bias + c, lanes);
-          put(a.scale.grad, a.scale.number, at, dscale);
-          by += load(scale + c, lanes);
-        }
-        add_to(dweight + c, h_normed * by, lanes);
-        add_to(dbias + c, h * by, lanes);
-      });
+      dweight += h_normed * factor;
+      dbias += h * factor;
     }
-    if (a.dweight) from_floats(dweight, size, a.dweight, a.weight.number, first);
-    if (a.dbias) from_floats(dbias, size, a.dbias, a.bias.number, first);
-  }
-  static_cast<void>(rows);
+    if (a.dweight) store_as(a.dweight, a.weight.number, c, dweight, lanes);
+    if (a.dbias) store_as(a.dbias, a.bias.number, c, dbias, lanes);
+  });
 }
 
 }  // namespace diffit::DIFFIT_ISA

@@ -66,10 +66,8 @@ inline void chunk_sums(const GroupNorm& a, int64_t begin, int64_t end) {
 inline void group_means(const GroupNorm& a, const float* sums, int64_t sample, const float* weight,
                         float* room, float* to) {
   by_vector<1>(a.channels, [&](int64_t c, auto lanes, int) DIFFIT_BODY {
-    Vec total{};
-    for (int64_t task = sample * a.chunks; task < (sample + 1) * a.chunks; ++task) {
-      total += load(sums + task * a.channels + c, lanes);
-    }
+    const float* first = sums + sample * a.chunks * a.channels + c;
+    const Vec total = sum_down(first, a.chunks, a.channels, lanes);
     store(room + c, total * load(weight + c, lanes), lanes);
   });
   const int64_t size = a.channels / a.groups;

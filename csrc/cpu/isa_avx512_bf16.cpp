@@ -4,7 +4,9 @@
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
@@ -14,7 +16,8 @@
 #define DIFFIT_BFLOAT16_DOT 1
 #include "cpu/all_kernels.h"
 
-constexpr diffit::Kernels diffit::kAvx512Bf16Kernels = diffit::avx512_bf16::all_kernels("avx512_bf16");
+constexpr diffit::Kernels diffit::kAvx512Bf16Kernels =
+    diffit::avx512_bf16::all_kernels("avx512_bf16");
 
 #if defined(__clang__)
 #pragma clang attribute pop

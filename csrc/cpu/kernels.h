@@ -1,8 +1,10 @@
-// What the CPU kernels compute, as plain pointers and sizes, and the table in which each instruction
-// set offers its build of them. A kernel does tasks begin to end; tasks are independent, and what a
-// task computes does not depend on who runs it, so results are the same for any number of threads.
+// What the CPU kernels compute, as plain pointers and sizes, and the table in which each
+// instruction set offers its build of them. A kernel does tasks begin to end; tasks are
+// independent, and what a task computes does not depend on who runs it, so results are the same for
+// any number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace diffit {
@@ -24,15 +26,36 @@ struct WindowAttention {
   float* dtemb;          // (B, windows, 2C): each window's part of the gradient; or null
   float* dtable;         // (groups, nH, (2h-1)(2w-1)): each group's part; or null
   int64_t groups;        // into which the backward cuts the windows of the batch
+
+  int64_t tokens() const { return window_height * window_width; }
+  int64_t windows() const { return batch * height * width / tokens(); }
+  int64_t table_size() const { return (2 * window_height - 1) * (2 * window_width - 1); }
+  // Numbers of a head's bias, expanded for all pairs of tokens and padded.
+  int64_t bias_size() const { return tokens() * ((tokens() + 15) / 16 * 16); }
+  // Whether the bias of all heads is kept: then a task goes through windows, and all heads in each,
+  // so that memory is read along its rows. Else it goes through windows for one head.
+  bool by_window() const { return heads * bias_size() <= kKeptBias; }
+
+  static constexpr int64_t kKeptBias = 64 * 1024;
 };
 
 // One large window keeps many threads busy: a forward task takes at most so many of its queries.
 constexpr int64_t kTaskQueries = 256;
 
 inline int64_t forward_tasks(const WindowAttention& a) {
-  const int64_t tokens = a.window_height * a.window_width;
-  const int64_t windows = a.batch * a.height * a.width / tokens;
-  return windows * a.heads * ((tokens + kTaskQueries - 1) / kTaskQueries);
+  return a.windows() * a.heads * ((a.tokens() + kTaskQueries - 1) / kTaskQueries);
+}
+
+// Groups for enough backward tasks, however many threads there are; of several small windows each,
+// as what a task does once costs as much as a few of those.
+inline int64_t backward_groups(const WindowAttention& a) {
+  const int64_t windows = a.windows();
+  if (a.by_window()) return std::clamp<int64_t>(windows / 8, 1, 256);
+  return std::min(windows, (256 + a.heads - 1) / a.heads);
+}
+
+inline int64_t backward_tasks(const WindowAttention& a) {
+  return a.by_window() ? a.groups : a.groups * a.heads;
 }
 
 // A tensor of a storage type of its own; data is null where it is not given.
@@ -101,12 +124,12 @@ struct GroupNorm {
   Number number;  // of x, out, grad_out, dx
   int64_t samples, pixels, channels, groups;
   float eps;
-  const void* x;        // (B, pixels, C)
-  Input weight, bias;   // (C,)
-  void* out;            // (B, pixels, C)
-  float *mean, *rstd;   // (B, groups)
-  int64_t chunks;       // of a sample's pixels
-  float* parts;         // (B, chunks, 2, C): each chunk's mean, and sum of squares about it
+  const void* x;       // (B, pixels, C)
+  Input weight, bias;  // (C,)
+  void* out;           // (B, pixels, C)
+  float *mean, *rstd;  // (B, groups)
+  int64_t chunks;      // of a sample's pixels
+  float* parts;        // (B, chunks, 2, C): each chunk's mean, and sum of squares about it
   const void* grad_out;
   void* dx;
   float *sum, *sum_normed;  // (B, chunks, C): each chunk's sums of dz and of dz x̂

@@ -18,8 +18,8 @@ inline void gelu_blocks(const Gelu& a, int64_t begin, int64_t end) {
   });
 }
 
-// activation = GELU(hidden) and grad = grad · GELU'(hidden) in place, whose sums over a chunk's rows
-// go to `sum`; tasks are chunks.
+// activation = GELU(hidden) and grad = grad · GELU'(hidden) in place, whose sums over a chunk of
+// rows go to `sum`; tasks are chunks.
 template <class X, class Form>
 inline void gelu_gradients(const Gelu& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
@@ -56,25 +56,13 @@ inline void gelu_backward(const Gelu& a, int64_t begin, int64_t end) {
   });
 }
 
-// So many rows are added up at a time, so that no sum is over many terms.
-constexpr int64_t kSumRows = 32;
-
 // out = the sum of rows; tasks are blocks of kSumColumns columns.
 inline void sum_rows(const SumRows& a, int64_t begin, int64_t end) {
+  const int64_t first = begin * kSumColumns;
   const int64_t last = end * kSumColumns < a.columns ? end * kSumColumns : a.columns;
-  with_number(a.number, [&](auto type) {
-    const int64_t first = begin * kSumColumns;
-    auto* out = static_cast<decltype(type)*>(a.out) + first;
-    by_vector<1>(last - first, [&](int64_t c, auto lanes, int) DIFFIT_BODY {
-      Vec total{};
-      for (int64_t row = 0; row < a.count;) {
-        const int64_t stop = row + kSumRows < a.count ? row + kSumRows : a.count;
-        Vec part{};
-        for (; row < stop; ++row) part += load(a.rows + row * a.columns + first + c, lanes);
-        total += part;
-      }
-      store(out + c, total, lanes);
-    });
+  by_vector<1>(last - first, [&](int64_t c, auto lanes, int) {
+    const Vec total = sum_down(a.rows + first + c, a.count, a.columns, lanes);
+    store_as(a.out, a.number, first + c, total, lanes);
   });
 }
 

@@ -35,37 +35,72 @@ class Prefetch {
  public:
   // The tokens of `parts` tensors, in `steps` calls of step().
   Prefetch(const Tokens<const Number>* tensors, int64_t parts, int64_t tokens, int64_t steps)
-      : tensors_(tensors), tokens_(tokens), total_(parts * tokens), each_(total_ / steps + 1) {}
+      : tensor_(tensors),
+        end_(tensors + parts),
+        tokens_(tokens),
+        each_(parts * tokens / steps + 1) {}
 
   void step() {
-    constexpr int64_t line = 64 / sizeof(Number);
-    for (const int64_t stop = std::min(total_, next_ + each_); next_ < stop; ++next_) {
-      const Tokens<const Number>& tensor = tensors_[next_ / tokens_];
-      const Number* from = tensor.row(next_ % tokens_);
-      for (int64_t c = 0; c < tensor.width; c += line) __builtin_prefetch(from + c, 0, 2);
-      __builtin_prefetch(from + tensor.width - 1, 0, 2);
+    constexpr uintptr_t kLine = 64;
+    for (int64_t left = each_; left > 0 && tensor_ < end_;) {
+      const int64_t stop = std::min(tokens_, token_ + left);
+      left -= stop - token_;
+      for (; token_ < stop; ++token_) {
+        const auto from = reinterpret_cast<uintptr_t>(tensor_->row(token_));
+        const uintptr_t end = from + tensor_->width * sizeof(Number);
+        for (uintptr_t line = from / kLine * kLine; line < end; line += kLine) {
+          __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+        }
+      }
+      if (token_ == tokens_) {
+        token_ = 0;
+        ++tensor_;
+      }
     }
   }
 
  private:
-  const Tokens<const Number>* tensors_;
-  int64_t tokens_, total_, each_, next_ = 0;
+  const Tokens<const Number>*tensor_, *end_;
+  int64_t tokens_, each_, token_ = 0;
 };
 
-// rows (count, row) = (tokens + shift) · factor, in floats; the columns behind `width` are zero.
-template <class Number>
-inline void gather(Tokens<const Number> tokens, int64_t first, int64_t count, const float* shift,
-                   float factor, float* rows, int64_t row) {
+// rows (count, row) = change(token, channel, lanes) for each vector of some tokens; the columns
+// behind `width` are zero.
+template <class Number, class Change>
+DIFFIT_INLINE void gather_with(Tokens<const Number> tokens, int64_t first, int64_t count,
+                               float* rows, int64_t row, Change change) {
+  const int64_t whole = tokens.width / kLanes * kLanes, rest = tokens.width - whole;
   for (int64_t i = 0; i < count; ++i) {
     const Number* from = tokens.row(first + i);
     float* to = rows + i * row;
-    for (int64_t c = 0; c < row; c += kLanes) {
-      const int64_t n = tokens.width - c;
-      Vec value = n >= kLanes ? load(from + c) : load(from + c, n);
-      if (shift) value = value + (n >= kLanes ? load(shift + c) : load(shift + c, n));
-      store(to + c, value * factor);
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      store(to + c, change(load(from + c), c, static_cast<int>(kLanes)));
+    }
+    if (rest) {
+      const int n = static_cast<int>(rest);
+      store(to + whole, change(load(from + whole, n), whole, n));
     }
   }
+}
+
+template <class Number>
+inline void gather(Tokens<const Number> tokens, int64_t first, int64_t count, float* rows,
+                   int64_t row) {
+  gather_with(tokens, first, count, rows, row, [](Vec value, int64_t, int) { return value; });
+}
+
+// rows = (tokens + shift) · factor; shift may be null.
+template <class Number>
+inline void gather(Tokens<const Number> tokens, int64_t first, int64_t count, const float* shift,
+                   float factor, float* rows, int64_t row) {
+  if (!shift) {
+    gather_with(tokens, first, count, rows, row,
+                [=](Vec value, int64_t, int) { return value * factor; });
+    return;
+  }
+  gather_with(tokens, first, count, rows, row, [=](Vec value, int64_t c, int n) {
+    return (value + (n == kLanes ? load(shift + c) : load(shift + c, n))) * factor;
+  });
 }
 
 // floats (count, row) -> elements (width, lanes), adjacent in the width; lanes behind `count` are
@@ -160,7 +195,7 @@ struct LeftSide<Floats> {
 
   template <class Number>
   void gather(Tokens<const Number> tokens, int64_t count) {
-    DIFFIT_ISA::gather(tokens, 0, count, nullptr, 1.0f, rows, row);
+    DIFFIT_ISA::gather(tokens, 0, count, rows, row);
   }
   Left over_channels(int64_t token) const { return {rows + token * row, row, 1}; }
   Left over_tokens(int64_t token) const { return {rows + token * row, 1, row}; }
@@ -196,8 +231,8 @@ struct LeftSide<BFloat16Pairs> {
         Shorts even, odd{};
         std::memcpy(&even, channels + i * row + c, sizeof even);
         if (i + 1 < count) std::memcpy(&odd, channels + (i + 1) * row + c, sizeof odd);
-        const Words both = __builtin_convertvector(even, Words) |
-                           (__builtin_convertvector(odd, Words) << 16);
+        const Words both =
+            __builtin_convertvector(even, Words) | (__builtin_convertvector(odd, Words) << 16);
         store(by_token + i / 2 * row + c, bits_as<Vec>(both));
       }
     }

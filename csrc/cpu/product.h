@@ -2,9 +2,10 @@
 //
 //     out[m, n] = sum over k of left[m, k] right[k, n] + more[m, n]
 //
-// with n along the lanes. What is added comes last, so that sums are not rounded at its size. An element of the left side is broadcast from wherever it lies, so either
-// side of any of attention's products can be read in place. Elements are 32 bits wide: a float, or a
-// pair of bfloat16 numbers adjacent in k, whose two products one instruction adds to a float.
+// with n along the lanes. What is added comes last, so that sums are not rounded at its size. An
+// element of the left side is broadcast from wherever it lies, so either side of any of attention's
+// products can be read in place. Elements are 32 bits wide: a float, or a pair of bfloat16 numbers
+// adjacent in k, whose two products one instruction adds to a float.
 #pragma once
 
 #include "cpu/simd.h"
@@ -26,8 +27,9 @@ struct Floats {
 struct BFloat16Pairs {
   static constexpr int kNumbers = 2;
   static DIFFIT_INLINE Vec join(const Vec* numbers) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]);
     return (Vec)_mm512_permutexvar_epi16(order, both);
   }

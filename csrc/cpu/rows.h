@@ -100,9 +100,8 @@ inline const float* as_floats(const void* data, Number number, int64_t first, in
   if (number == Number::kFloat32) return static_cast<const float*>(data) + first;
   with_number(number, [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(data) + first;
-    by_vector<1>(size, [&](int64_t at, auto lanes, int) DIFFIT_BODY {
-      store(room + at, load(from + at, lanes), lanes);
-    });
+    by_vector<1>(size, [&](int64_t at, auto lanes, int)
+                           DIFFIT_BODY { store(room + at, load(from + at, lanes), lanes); });
   });
   return room;
 }
@@ -112,14 +111,42 @@ inline void from_floats(const float* floats, int64_t size, void* data, Number nu
                         int64_t first) {
   with_number(number, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(data) + first;
-    by_vector<1>(size, [&](int64_t at, auto lanes, int) DIFFIT_BODY {
-      store(to + at, load(floats + at, lanes), lanes);
-    });
+    by_vector<1>(size, [&](int64_t at, auto lanes, int)
+                           DIFFIT_BODY { store(to + at, load(floats + at, lanes), lanes); });
   });
 }
 
+template <class Lanes>
+DIFFIT_INLINE Vec load_as(const void* data, Number number, int64_t at, Lanes lanes) {
+  Vec value{};
+  with_number(number, [&](auto type) {
+    value = load(static_cast<const decltype(type)*>(data) + at, lanes);
+  });
+  return value;
+}
+
+template <class Lanes>
+DIFFIT_INLINE void store_as(void* data, Number number, int64_t at, Vec value, Lanes lanes) {
+  with_number(number,
+              [&](auto type) { store(static_cast<decltype(type)*>(data) + at, value, lanes); });
+}
+
 inline void fill_row(float* row, int64_t size, float value) {
-  by_vector<1>(size, [&](int64_t at, auto lanes, int) DIFFIT_BODY { store(row + at, fill(value), lanes); });
+  by_vector<1>(
+      size, [&](int64_t at, auto lanes, int) DIFFIT_BODY { store(row + at, fill(value), lanes); });
+}
+
+// The sum down `count` rows, 32 of them at a time, so that no sum is over many terms.
+template <class Lanes>
+DIFFIT_INLINE Vec sum_down(const float* rows, int64_t count, int64_t columns, Lanes lanes) {
+  Vec total{};
+  for (int64_t row = 0; row < count;) {
+    const int64_t stop = row + 32 < count ? row + 32 : count;
+    Vec part{};
+    for (; row < stop; ++row) part += load(rows + row * columns, lanes);
+    total += part;
+  }
+  return total;
 }
 
 }  // namespace diffit::DIFFIT_ISA

@@ -1,5 +1,5 @@
-// Vectors of floats, as wide as the instruction set this file is compiled for, in the compiler's own
-// vector types: arithmetic, comparisons and ?: are the operators. Included by one isa_*.cpp per
+// Vectors of floats, as wide as the instruction set this file is compiled for, in the compiler's
+// own vector types: arithmetic, comparisons and ?: are the operators. Included by one isa_*.cpp per
 // instruction set, which defines DIFFIT_ISA (a namespace) and DIFFIT_LANES (floats of a vector).
 #pragma once
 
@@ -225,8 +225,9 @@ DIFFIT_INLINE float sum(Vec value) {
 
 // ---- functions ---------------------------------------------------------------------------------
 
-// e^x to 2e-7 of it; 0 below -87.7, infinity above 88.4, NaN for NaN. x = n ln 2 + f, |f| <= ln 2 / 2,
-// with ln 2 in two parts: n goes to the exponent, e^f is a polynomial (least squares of degree 6).
+// e^x to 2e-7 of it; 0 below -87.7, infinity above 88.4, NaN for NaN. x = n ln 2 + f, |f| <= ln 2 /
+// 2, with ln 2 in two parts: n goes to the exponent, e^f is a polynomial (least squares of degree
+// 6).
 DIFFIT_INLINE Vec exp(Vec x) {
   const Vec low = fill(-88.02969f), high = fill(88.72284f);  // -127 ln 2, 128 ln 2
   const Vec shifter = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer

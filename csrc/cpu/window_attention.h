@@ -2,9 +2,9 @@
 //
 //     out = softmax(scale · (q + q_t) kᵀ + bias) v + v_t
 //
-// A problem is a window of a sample and a head. Scores are transposed: keys down, queries across the
-// lanes, so that a row's statistics need no sums across lanes, keys and values are broadcast from
-// where they lie, and no head_dim wastes lanes.
+// A problem is a window of a sample and a head. Scores are transposed: keys down, queries across
+// the lanes, so that a row's statistics need no sums across lanes, keys and values are broadcast
+// from where they lie, and no head_dim wastes lanes.
 #pragma once
 
 #include "cpu/packing.h"
@@ -13,31 +13,30 @@
 namespace diffit::DIFFIT_ISA {
 
 constexpr int64_t kBlockQueries = 2 * kLanes;
-constexpr int64_t kBlockKeys = 256;      // scores of a block stay in the nearest cache
-constexpr int64_t kKeptBias = 64 * 1024;  // floats of expanded bias kept for other windows
+constexpr int64_t kBlockKeys = 256;  // scores of a block stay in the nearest cache
 
 // The bias, expanded for blocks of queries: of all heads if they fit, else of one head, else of one
 // block at a time.
 class Bias {
  public:
-  static int64_t size(const Windows& windows, int64_t block) {
-    return Scratch::round(kept(windows, block));
+  static int64_t size(const WindowAttention& a, int64_t block) {
+    return Scratch::round(kept(a, block));
   }
   Bias(Scratch& scratch, const Windows& windows, int64_t block)
-      : windows_(windows),
-        block_(block),
-        bias_(scratch.take(kept(windows, block))) {
-    if (!windows.call.table || !heads_fit(windows)) return;
+      : windows_(windows), block_(block), bias_(scratch.take(kept(windows.call, block))) {
+    if (!windows.call.table || !windows.call.by_window()) return;
     for (int64_t head = 0; head < windows.call.heads; ++head) {
-      expand_head(head, bias_ + head * of_head(windows));
+      expand_head(head, bias_ + head * windows.call.bias_size());
     }
   }
 
-  // (keys, lanes)
+  // (keys, lanes); null without a table.
   const float* expanded(int64_t head, QueryBlock block) {
+    const WindowAttention& a = windows_.call;
+    if (!a.table) return nullptr;
     const int64_t within = block.first * windows_.tokens;
-    if (heads_fit(windows_)) return bias_ + head * of_head(windows_) + within;
-    if (of_head(windows_) <= kKeptBias) {
+    if (a.by_window()) return bias_ + head * a.bias_size() + within;
+    if (head_fits(a)) {
       if (head != head_) expand_head(head, bias_);
       return bias_ + within;
     }
@@ -45,17 +44,13 @@ class Bias {
     return bias_;
   }
 
-  static bool heads_fit(const Windows& windows) {
-    return windows.call.heads * of_head(windows) <= kKeptBias;
-  }
+  static bool head_fits(const WindowAttention& a) { return a.bias_size() <= a.kKeptBias; }
 
  private:
-  static int64_t of_head(const Windows& windows) {
-    return windows.tokens * padded(windows.tokens);
-  }
-  static int64_t kept(const Windows& windows, int64_t block) {
-    if (heads_fit(windows)) return windows.call.heads * of_head(windows);
-    return of_head(windows) <= kKeptBias ? of_head(windows) : windows.tokens * block;
+  static int64_t kept(const WindowAttention& a, int64_t block) {
+    if (!a.table) return 0;
+    if (a.by_window()) return a.heads * a.bias_size();
+    return head_fits(a) ? a.bias_size() : a.tokens() * block;
   }
 
   const float* table(int64_t head) const {
@@ -136,25 +131,20 @@ class Softmax {
   int64_t lanes_ = 0;
 };
 
-struct Problem {
-  int64_t head, window;
-};
-
 // One of the `parts` parts of a packed tensor (B, H, W, parts · C), as a problem's tokens.
 template <class Number, class Pointer>
 inline Tokens<Number> part_of(const Windows& windows, Pointer* packed, int64_t parts, int64_t part,
-                              Problem problem) {
+                              const Problem& problem) {
   const int64_t stride = parts * windows.channels, width = windows.call.head_dim;
-  return {static_cast<Number*>(packed) + windows.first_token(problem.window) * stride +
-              part * windows.channels + problem.head * width,
+  return {static_cast<Number*>(packed) + problem.first_token * stride + part * windows.channels +
+              problem.head * width,
           windows.offset.data(), stride, width};
 }
 
 // The time token's q part (0) or v part (1) for a problem; null without one.
-inline const float* time_part(const Windows& windows, int64_t part, Problem problem) {
+inline const float* time_part(const Windows& windows, int64_t part, const Problem& problem) {
   if (!windows.call.temb) return nullptr;
-  const int64_t sample = problem.window / windows.per_sample;
-  return windows.call.temb + (2 * sample + part) * windows.channels +
+  return windows.call.temb + (2 * problem.sample + part) * windows.channels +
          problem.head * windows.call.head_dim;
 }
 
@@ -165,7 +155,7 @@ inline void forward_range(const WindowAttention& a, int64_t begin, int64_t end) 
   const int64_t block = std::min(kBlockQueries, padded(tokens));
   const int64_t keys = std::min(kBlockKeys, tokens);
   const int64_t parts = (tokens + kTaskQueries - 1) / kTaskQueries;
-  Scratch scratch(2 * LeftSide<Elements>::size(tokens, width) + Bias::size(windows, block) +
+  Scratch scratch(2 * LeftSide<Elements>::size(tokens, width) + Bias::size(a, block) +
                   Softmax<Elements>::size(block) + 2 * Scratch::round(row * block) +
                   Scratch::round(block * row) + Scratch::round(keys * block));
   LeftSide<Elements> k(scratch, tokens, width), v(scratch, tokens, width);
@@ -176,15 +166,16 @@ inline void forward_range(const WindowAttention& a, int64_t begin, int64_t end) 
   float* sums = scratch.take(row * block);
   float* scores = scratch.take(keys * block);
 
-  const bool by_window = Bias::heads_fit(windows);
   const auto problem_of = [&](int64_t task) {
     const int64_t problem = task / parts;
-    return by_window ? Problem{problem % a.heads, problem / a.heads}
-                     : Problem{problem / windows.of_head, problem % windows.of_head};
+    const int64_t size = a.by_window() ? a.heads : windows.of_head, outer = problem / size;
+    const int64_t inner = problem - outer * size;
+    return a.by_window() ? Problem(windows, inner, outer) : Problem(windows, outer, inner);
   };
 
+  Problem problem = problem_of(begin);
   for (int64_t task = begin; task < end; ++task) {
-    const Problem problem = problem_of(task);
+    const Problem next = problem_of(std::min(task + 1, end - 1));
     const auto q_tokens = part_of<const Number>(windows, a.qkv, 3, 0, problem);
     const auto out = part_of<Number>(windows, a.out, 1, 0, problem);
     const float* q_time = time_part(windows, 0, problem);
@@ -196,19 +187,19 @@ inline void forward_range(const WindowAttention& a, int64_t begin, int64_t end) 
       k.gather(part_of<const Number>(windows, a.qkv, 3, 1, problem), tokens);
       v.gather(part_of<const Number>(windows, a.qkv, 3, 2, problem), tokens);
     }
-    const Problem next = problem_of(std::min(task + 1, end - 1));
     const Tokens<const Number> ahead[] = {part_of<const Number>(windows, a.qkv, 3, 0, next),
                                           part_of<const Number>(windows, a.qkv, 3, 1, next),
-                                          part_of<const Number>(windows, a.qkv, 3, 2, next)};
+                                          part_of<const Number>(windows, a.qkv, 3, 2, next),
+                                          part_of<const Number>(windows, a.out, 1, 0, next)};
     const int64_t steps = 3 * ((end_query - begin_query + block - 1) / block);
-    Prefetch<Number> prefetch(ahead, parts == 1 ? 3 : 0, tokens, steps);
+    Prefetch<Number> prefetch(ahead, parts == 1 ? 4 : 0, tokens, steps);
     for (int64_t first = begin_query; first < end_query; first += block) {
       const QueryBlock queries = query_block(windows, first, block);
       const int64_t lanes = queries.lanes;
       gather(q_tokens, first, queries.count, q_time, a.scale, rows, row);
       to_columns<Elements>(rows, row, queries.count, width, q, lanes);
       prefetch.step();
-      const float* added = a.table ? bias.expanded(problem.head, queries) : nullptr;
+      const float* added = bias.expanded(problem.head, queries);
       softmax.start(lanes);
       for (int64_t j = 0; j < tokens; j += keys) {
         const int64_t count = std::min(keys, tokens - j);
@@ -221,9 +212,10 @@ inline void forward_range(const WindowAttention& a, int64_t begin, int64_t end) 
         wide_product<Elements>(width, lanes, v.over_tokens(j), {scores, lanes},
                                elements<Elements>(count), {j ? sums : nullptr, lanes}, sums, lanes);
       }
-      scatter_columns(sums, lanes, softmax.inverse_total(), 1.0f, v_time, out, first,
-                      queries.count, nullptr);
+      scatter_columns(sums, lanes, softmax.inverse_total(), 1.0f, v_time, out, first, queries.count,
+                      nullptr);
     }
+    problem = next;
   }
 }
 

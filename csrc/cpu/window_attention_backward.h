@@ -4,8 +4,8 @@
 //     dq = scale · dS k    dk = scale · dSᵀ (q + q_t)    dq_t = sum of dq    dv_t = sum of dO
 //
 // A block of queries meets all keys of its window at once, so nothing of the forward is kept: the
-// maxima, the sums and the rows of P ∘ dP are at hand. A task is a head and a group of windows,
-// whose dbias it sums by pairs of tokens and folds into its own copy of the table.
+// maxima, the sums and the rows of P ∘ dP are at hand. A task is a group of windows, for one
+// head or for all; it sums dbias by pairs of tokens and folds that into its own copy of the table.
 #pragma once
 
 #include "cpu/window_attention.h"
@@ -31,8 +31,7 @@ class RightSide {
   void gather(Tokens<const Number> tokens, QueryBlock block, const float* shift, float factor) {
     lanes_ = block.lanes;
     DIFFIT_ISA::gather(tokens, block.first, block.count, shift, factor, rows_, row_);
-    std::memset(rows_ + block.count * row_, 0,
-                (block.lanes - block.count) * row_ * sizeof(float));
+    std::memset(rows_ + block.count * row_, 0, (block.lanes - block.count) * row_ * sizeof(float));
     to_columns<Elements>(rows_, row_, block.count, tokens.width, columns_, lanes_);
     join_rows<Elements>(rows_, row_, lanes_, joined_);
   }
@@ -118,9 +117,10 @@ inline void backward_range(const WindowAttention& a, int64_t begin, int64_t end)
   const Windows windows(a);
   const int64_t tokens = windows.tokens, width = a.head_dim, row = padded(width);
   const int64_t block = std::min(kBackwardQueries, padded(tokens));
-  const bool head_fits = tokens * padded(tokens) <= kKeptBias;
-  const int64_t dbias_size = a.dtable ? tokens * (head_fits ? padded(tokens) : block) : 0;
-  Scratch scratch(2 * LeftSide<Elements>::size(tokens, width) + Bias::size(windows, block) +
+  const bool fits = Bias::head_fits(a);
+  const int64_t heads_at_once = a.by_window() ? a.heads : 1;
+  const int64_t dbias_size = !a.dtable ? 0 : fits ? heads_at_once * a.bias_size() : tokens * block;
+  Scratch scratch(2 * LeftSide<Elements>::size(tokens, width) + Bias::size(a, block) +
                   2 * RightSide<Elements>::size(block, row) +
                   Scores<Elements>::size(tokens, block) + 2 * Scratch::round(tokens * row) +
                   Scratch::round(row * block) + 2 * Scratch::round(row) +
@@ -136,52 +136,60 @@ inline void backward_range(const WindowAttention& a, int64_t begin, int64_t end)
   float* dv_time = scratch.take(row);
   float* dbias = scratch.take(dbias_size);
 
-  const bool by_window = Bias::heads_fit(windows);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = by_window ? task % a.heads : task / a.groups;
-    const int64_t group = by_window ? task / a.heads : task % a.groups;
+    const int64_t group = a.by_window() ? task : task % a.groups;
+    const int64_t first_head = a.by_window() ? 0 : task / a.groups;
     const int64_t first_window = windows.of_head * group / a.groups;
-    const int64_t end_window = windows.of_head * (group + 1) / a.groups;
-    float* dtable = nullptr;
+    const int64_t problems =
+        (windows.of_head * (group + 1) / a.groups - first_window) * heads_at_once;
+    const auto problem_of = [&](int64_t i) {
+      const int64_t window = i / heads_at_once;
+      return Problem(windows, first_head + i - window * heads_at_once, first_window + window);
+    };
+    float* dtables = a.dtable + (group * a.heads + first_head) * windows.table_size;
     if (a.dtable) {
-      dtable = a.dtable + (group * a.heads + head) * windows.table_size;
-      std::memset(dtable, 0, windows.table_size * sizeof(float));
+      std::memset(dtables, 0, heads_at_once * windows.table_size * sizeof(float));
       std::memset(dbias, 0, dbias_size * sizeof(float));
     }
-    for (int64_t window = first_window; window < end_window; ++window) {
-      const Problem problem = {head, window}, next = {head, std::min(window + 1, end_window - 1)};
-      const auto in = [&](int64_t part, Problem of) {
+    Problem problem = problem_of(0);
+    for (int64_t i = 0; i < problems; ++i) {
+      const Problem next = problem_of(std::min(i + 1, problems - 1));
+      const int64_t head = problem.head, window = problem.window;
+      const auto in = [&](int64_t part, const Problem& of) {
         return part_of<const Number>(windows, a.qkv, 3, part, of);
+      };
+      const auto out = [&](int64_t part, const Problem& of) {
+        return part_of<Number>(windows, a.dqkv, 3, part, of);
       };
       k.gather(in(1, problem), tokens);
       v.gather(in(2, problem), tokens);
       std::memset(dq_time, 0, row * sizeof(float));
       std::memset(dv_time, 0, row * sizeof(float));
-      const Tokens<const Number> ahead[] = {in(0, next), in(1, next), in(2, next),
-                                            part_of<const Number>(windows, a.grad_out, 1, 0, next)};
+      const auto grad = [&](const Problem& of) {
+        return part_of<const Number>(windows, a.grad_out, 1, 0, of);
+      };
+      const Tokens<const Number> ahead[] = {in(0, next), in(1, next), in(2, next), grad(next)};
       Prefetch<Number> prefetch(ahead, tokens <= kTaskQueries ? 4 : 0, tokens,
                                 4 * ((tokens + block - 1) / block));
+      float* dbias_of_head = dbias + (a.by_window() ? head * a.bias_size() : 0);
 
       for (int64_t first = 0; first < tokens; first += block) {
         const QueryBlock queries = query_block(windows, first, block);
         const int64_t lanes = queries.lanes, steps = elements<Elements>(width);
         q.gather(in(0, problem), queries, time_part(windows, 0, problem), a.scale);
-        dout.gather(part_of<const Number>(windows, a.grad_out, 1, 0, problem), queries, nullptr,
-                    1.0f);
+        dout.gather(grad(problem), queries, nullptr, 1.0f);
         dout.add_rows_to(dv_time);
         wide_product<Elements>(tokens, lanes, k.over_channels(0), q.over_channels(), steps,
-                               {a.table ? bias.expanded(head, queries) : nullptr, lanes},
-                               scores.scores, lanes);
+                               {bias.expanded(head, queries), lanes}, scores.scores, lanes);
         prefetch.step();
         wide_product<Elements>(tokens, lanes, v.over_channels(0), dout.over_channels(), steps,
                                {nullptr, 0}, scores.dprobs, lanes);
         prefetch.step();
-        float* block_dbias = dtable ? dbias + (head_fits ? first * tokens : 0) : nullptr;
-        scores.take(lanes, block_dbias);
+        float* dbias_of_block = dbias_of_head + (fits ? first * tokens : 0);
+        scores.take(lanes, a.dtable ? dbias_of_block : nullptr);
         wide_product<Elements>(width, lanes, k.over_tokens(0), scores.ds_over_keys(),
                                elements<Elements>(tokens), {nullptr, 0}, dq, lanes);
-        scatter_columns(dq, lanes, nullptr, a.scale, nullptr,
-                        part_of<Number>(windows, a.dqkv, 3, 0, problem), first, queries.count,
+        scatter_columns(dq, lanes, nullptr, a.scale, nullptr, out(0, problem), first, queries.count,
                         dq_time);
         prefetch.step();
         wide_product<Elements>(tokens, row, scores.p(), dout.over_tokens(), dout.steps(),
@@ -189,21 +197,25 @@ inline void backward_range(const WindowAttention& a, int64_t begin, int64_t end)
         prefetch.step();
         wide_product<Elements>(tokens, row, scores.ds(), q.over_tokens(), q.steps(),
                                {first ? dk : nullptr, row}, dk, row);
-        if (dtable && !head_fits) {
-          fold_bias(windows, dbias, queries, dtable);
+        if (a.dtable && !fits) {
+          fold_bias(windows, dbias, queries, dtables);
           std::memset(dbias, 0, dbias_size * sizeof(float));
         }
       }
-      scatter_rows(dk, row, part_of<Number>(windows, a.dqkv, 3, 1, problem), tokens);
-      scatter_rows(dv, row, part_of<Number>(windows, a.dqkv, 3, 2, problem), tokens);
+      scatter_rows(dk, row, out(1, problem), tokens);
+      scatter_rows(dv, row, out(2, problem), tokens);
       if (a.dtemb) {
         float* to = a.dtemb + window * 2 * windows.channels + head * width;
         std::memcpy(to, dq_time, width * sizeof(float));
         std::memcpy(to + windows.channels, dv_time, width * sizeof(float));
       }
+      problem = next;
     }
-    for (int64_t first = 0; dtable && head_fits && first < tokens; first += block) {
-      fold_bias(windows, dbias + first * tokens, query_block(windows, first, block), dtable);
+    for (int64_t head = 0; a.dtable && fits && head < heads_at_once; ++head) {
+      for (int64_t first = 0; first < tokens; first += block) {
+        fold_bias(windows, dbias + head * a.bias_size() + first * tokens,
+                  query_block(windows, first, block), dtables + head * windows.table_size);
+      }
     }
   }
 }

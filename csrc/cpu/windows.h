@@ -10,13 +10,13 @@ namespace diffit::DIFFIT_ISA {
 // The problems of a call: one per head, sample and window, in this order.
 struct Windows {
   explicit Windows(const WindowAttention& a)
-      : tokens(a.window_height * a.window_width),
+      : tokens(a.tokens()),
         across(a.width / a.window_width),
         per_sample(a.height / a.window_height * across),
         of_head(a.batch * per_sample),
         channels(a.heads * a.head_dim),
         centre((a.window_height - 1) * (2 * a.window_width - 1) + a.window_width - 1),
-        table_size((2 * a.window_height - 1) * (2 * a.window_width - 1)),
+        table_size(a.table_size()),
         call(a),
         offset(tokens),
         place(tokens) {
@@ -25,13 +25,6 @@ struct Windows {
       offset[i] = y * a.width + x;
       place[i] = y * (2 * a.window_width - 1) + x;
     }
-  }
-
-  // The number of a window's first token in the (B, H, W) grid; `window` counts through the batch.
-  int64_t first_token(int64_t window) const {
-    const int64_t sample = window / per_sample, within = window % per_sample;
-    const int64_t y = within / across * call.window_height, x = within % across * call.window_width;
-    return (sample * call.height + y) * call.width + x;
   }
 
   int64_t tokens;      // of a window
@@ -44,6 +37,20 @@ struct Windows {
   const WindowAttention& call;
   std::vector<int64_t> offset;  // of a window's tokens from its first, in tokens
   std::vector<int64_t> place;   // bias[i, j] = table[centre + place[i] - place[j]]
+};
+
+// A window of the batch and a head.
+struct Problem {
+  Problem(const Windows& windows, int64_t head, int64_t window)
+      : head(head), window(window), sample(window / windows.per_sample) {
+    const WindowAttention& a = windows.call;
+    const int64_t within = window - sample * windows.per_sample, down = within / windows.across;
+    first_token = (sample * a.height + down * a.window_height) * a.width +
+                  (within - down * windows.across) * a.window_width;
+  }
+
+  int64_t head, window, sample;
+  int64_t first_token;  // in the (B, H, W) grid
 };
 
 // A block of queries as lanes: `count` of them from `first` on, padded to `lanes`.
@@ -85,18 +92,21 @@ inline void expand_bias(const Windows& windows, const float* table, QueryBlock b
   });
 }
 
-// The transpose of expand_bias: adds (keys, lanes) to a head's table.
+// The transpose of expand_bias: adds (keys, lanes) to a head's table. Keys go down a column of the
+// window: those of a row overlap in the table, and would wait for each other's stores.
 inline void fold_bias(const Windows& windows, const float* bias, QueryBlock block, float* table) {
-  const int64_t keys = windows.tokens;
+  const int64_t keys = windows.tokens, width = windows.call.window_width;
   for_each_run(windows, block, [&](int64_t lane, int64_t length, int64_t place) {
-    for (int64_t j = 0; j < keys; ++j) {
-      const float* from = bias + j * block.lanes + lane;
-      float* to = table + place - windows.place[j];
-      int64_t i = 0;
-      for (; i + kLanes <= length; i += kLanes) store(to + i, load(to + i) + load(from + i));
-      if (i < length) {
-        const int n = length - i;
-        store(to + i, load(to + i, n) + load(from + i, n), n);
+    for (int64_t column = 0; column < width; ++column) {
+      for (int64_t j = column; j < keys; j += width) {
+        const float* from = bias + j * block.lanes + lane;
+        float* to = table + place - windows.place[j];
+        int64_t i = 0;
+        for (; i + kLanes <= length; i += kLanes) store(to + i, load(to + i) + load(from + i));
+        if (i < length) {
+          const int n = length - i;
+          store(to + i, load(to + i, n) + load(from + i, n), n);
+        }
       }
     }
   });

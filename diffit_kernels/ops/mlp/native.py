@@ -3,7 +3,7 @@
 import torch
 
 from diffit_kernels import native_library
-from diffit_kernels.ops.native_products import linear, product
+from diffit_kernels.ops.native_products import linear, product, sum_over_rows
 
 
 def can_run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate, keep_hidden) -> str | None:
@@ -33,9 +33,9 @@ def backward(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ap
     activation = torch.empty_like(h) if kept else h
     dfc1_bias = h.new_empty(0) if fc1_bias is None else torch.zeros_like(fc1_bias)
     native_library.ops().gelu_backward(h, activation, grad, dfc1_bias, approximate == "none")
-    dfc2_weight = product(dout.t(), activation).to(fc2_weight.dtype)
+    dfc2_weight = sum_over_rows(dout, activation).to(fc2_weight.dtype)
     del activation, h  # before the products that come need room
-    dfc1_weight = product(grad.t(), rows).to(fc1_weight.dtype)
+    dfc1_weight = sum_over_rows(grad, rows).to(fc1_weight.dtype)
     dx = product(grad, fc1_weight.to(x.dtype)).view(x.shape)
     dfc2_bias = x.new_empty(0) if fc2_bias is None else dout.sum(0, dtype=fc2_bias.dtype)
     return dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias

@@ -1,4 +1,4 @@
-"""window_attention on a CPU, in C++: csrc/cpu/window_attention.h and window_attention_backward.h."""
+"""window_attention on a CPU, in C++: csrc/cpu/window_attention.h, window_attention_backward.h."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,6 @@ from torch import Tensor
 from diffit_kernels import native_library
 
 DEVICES = native_library.DEVICES
-TASKS = 256  # of a backward, at least, where there are windows enough
 
 
 def can_run(qkv, temb, relative_position_bias_table, num_heads, window_size, scale) -> str | None:
@@ -26,27 +25,24 @@ def forward(qkv, temb, relative_position_bias_table, num_heads, window_size, sca
 def backward(
     grad_out, qkv, temb, relative_position_bias_table, out, lse, num_heads, window_size, scale
 ):
-    """Scores are computed again. The table's gradient is summed by groups of windows, then over
-    the groups; how many there are does not depend on the threads, nor does any result."""
+    """Scores are computed again; nothing of the forward is needed."""
     batch, height, width, channels3 = qkv.shape
-    per_sample = height * width // (window_size[0] * window_size[1])
-    groups = max(1, min(batch * per_sample, -(-TASKS // num_heads)))
+    windows = height * width // (window_size[0] * window_size[1])
     dqkv, dtemb, dtable = qkv.new_empty(qkv.shape), qkv.new_empty(0), qkv.new_empty(0)
     new = torch.empty if qkv.numel() > 0 else torch.zeros  # sums over nothing are zero
     if temb is not None:
-        dtemb = new(batch, per_sample, channels3 // 3 * 2)
+        dtemb = new(batch, windows, channels3 // 3 * 2)
     if relative_position_bias_table is not None:
-        dtable = new(groups, num_heads, relative_position_bias_table.shape[0])
+        dtable = new(num_heads, relative_position_bias_table.shape[0])
     if qkv.numel() > 0:
         inputs = _inputs(qkv, temb, relative_position_bias_table)
         native_library.ops().window_attention_backward(
-            *(grad_out.contiguous(), *inputs, num_heads, window_size, scale),
-            *(dqkv, dtemb, dtable, groups),
+            *(grad_out.contiguous(), *inputs, num_heads, window_size, scale, dqkv, dtemb, dtable)
         )
     if temb is not None:
         dtemb = dtemb.sum(1).to(temb.dtype)
     if relative_position_bias_table is not None:
-        dtable = dtable.sum(0).t().to(relative_position_bias_table.dtype)
+        dtable = dtable.t().to(relative_position_bias_table.dtype)
     return dqkv, dtemb, dtable
 
 
