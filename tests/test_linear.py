@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from diffit_kernels.ops import linear, native_products
-from tests.parity import assert_parity, assert_refused, refused_dtype
+from tests.parity import assert_close, assert_parity, assert_refused, refused_dtype
 
 OPS = ("linear",)
 SIZES = {"small": (2, 5, 24, 36), "odd": (3, 7, 33, 13), "one oneDNN takes": (2, 64, 96, 128)}
@@ -59,9 +59,22 @@ def test_the_library_is_chosen_by_size_dtype_and_processor(slow, monkeypatch):
     """oneDNN where torch would call MKL for a large float32 product and MKL is slow."""
     monkeypatch.setattr(native_products, "_mkl_is_slow", lambda: slow)
     large, small = torch.randn(64, 512), torch.randn(4, 512)
-    assert native_products._by_onednn(large, 512) == slow
-    assert not native_products._by_onednn(small, 8)
-    assert not native_products._by_onednn(large.bfloat16(), 512)
+    assert native_products._by_onednn(large, torch.randn(512, 512)) == slow
+    assert not native_products._by_onednn(small, torch.randn(512, 8))
+    assert not native_products._by_onednn(large.bfloat16(), torch.randn(512, 512).bfloat16())
+    assert not native_products._by_onednn(torch.randn(64, 1024)[:, ::2], torch.randn(512, 512))
+
+
+@pytest.mark.parametrize("kind", ["strided", "expanded"])
+def test_a_bias_need_not_be_contiguous(kind, backend, device):
+    """Of a product that oneDNN does, which looks at no strides of a bias."""
+    x, weight, _ = make(2, 64, 64, 256, device)
+    bias = torch.randn(256, 2, device=device)[:, 0]
+    if kind == "expanded":
+        bias = torch.randn(1, device=device).expand(256)
+    assert_close(
+        linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()), 1e-6
+    )
 
 
 ERRORS = {

@@ -340,7 +340,9 @@ class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
-        if (func.namespace == "diffit" and "mlp" not in str(func)) or "aten.add." in str(func):
+        name = func._schema.name
+        products = ("diffit::mlp", "diffit::linear")
+        if (func.namespace == "diffit" and name not in products) or name == "aten::add":
             outputs = results if isinstance(results, tuple) else (results,)
             self.reads += sum(self.units(value) for value in args)
             self.writes += sum(self.units(value) for value in outputs)

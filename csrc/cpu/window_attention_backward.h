@@ -8,6 +8,7 @@
 // head or for all; it sums dbias by pairs of tokens and folds that into its own copy of the table.
 #pragma once
 
+#include "cpu/rows.h"
 #include "cpu/window_attention.h"
 
 namespace diffit::DIFFIT_ISA {
@@ -69,9 +70,10 @@ class Scores {
         p_left_(Elements::kNumbers == 1 ? scores : scratch.take(keys * lanes)),
         ds_left_(Elements::kNumbers == 1 ? dprobs : scratch.take(keys * lanes)) {}
 
-  // From scores and dP (keys, lanes); dbias += dS unless null.
-  void take(int64_t lanes, float* dbias) {
-    lanes_ = lanes;
+  // From scores and dP (keys, lanes); dbias += dS unless null. Lanes that pad are zero: what is not
+  // finite in a key or a value would be NaN there, and reach the sums over queries.
+  void take(QueryBlock block, float* dbias) {
+    const int64_t lanes = lanes_ = block.lanes;
     for (int64_t n = 0; n < lanes; n += kLanes) {
       Vec top = load(scores + n), total{}, delta{};
       for (int64_t j = 1; j < keys_; ++j) top = max(top, load(scores + j * lanes + n));
@@ -81,14 +83,17 @@ class Scores {
         delta += power * load(dprobs + j * lanes + n);
         store(scores + j * lanes + n, power);
       }
+      const First valid{static_cast<int>(block.count - n)};
+      const bool padded = valid.lanes < kLanes;
       const Vec inverse = 1.0f / total;
       delta *= inverse;
       for (int64_t j = 0; j < keys_; j += Elements::kNumbers) {
         Vec ds[Elements::kNumbers] = {};
         for (int64_t i = j; i < std::min<int64_t>(j + Elements::kNumbers, keys_); ++i) {
           const int64_t at = i * lanes + n;
-          const Vec p = load(scores + at) * inverse;
+          Vec p = load(scores + at) * inverse;
           ds[i - j] = p * (load(dprobs + at) - delta);
+          if (padded) p = keep(p, valid), ds[i - j] = keep(ds[i - j], valid);
           Elements::store_left(p_left_, at, p);
           if (Elements::kNumbers > 1) Elements::store_left(ds_left_, at, ds[i - j]);
           if (dbias) store(dbias + at, load(dbias + at) + ds[i - j]);
@@ -168,8 +173,12 @@ inline void backward_range(const WindowAttention& a, int64_t begin, int64_t end)
       const auto grad = [&](const Problem& of) {
         return part_of<const Number>(windows, a.grad_out, 1, 0, of);
       };
-      const Tokens<const Number> ahead[] = {in(0, next), in(1, next), in(2, next), grad(next)};
-      Prefetch<Number> prefetch(ahead, tokens <= kTaskQueries ? 4 : 0, tokens,
+      const auto target = [&](int64_t part) {
+        return part_of<const Number>(windows, a.dqkv, 3, part, next);
+      };
+      const Tokens<const Number> ahead[] = {in(0, next), in(1, next), in(2, next), grad(next),
+                                            target(0),   target(1),   target(2)};
+      Prefetch<Number> prefetch(ahead, tokens <= kTaskQueries ? 7 : 0, tokens,
                                 4 * ((tokens + block - 1) / block));
       float* dbias_of_head = dbias + (a.by_window() ? head * a.bias_size() : 0);
 
@@ -186,7 +195,7 @@ inline void backward_range(const WindowAttention& a, int64_t begin, int64_t end)
                                {nullptr, 0}, scores.dprobs, lanes);
         prefetch.step();
         float* dbias_of_block = dbias_of_head + (fits ? first * tokens : 0);
-        scores.take(lanes, a.dtable ? dbias_of_block : nullptr);
+        scores.take(queries, a.dtable ? dbias_of_block : nullptr);
         wide_product<Elements>(width, lanes, k.over_tokens(0), scores.ds_over_keys(),
                                elements<Elements>(tokens), {nullptr, 0}, dq, lanes);
         scatter_columns(dq, lanes, nullptr, a.scale, nullptr, out(0, problem), first, queries.count,

@@ -23,7 +23,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if _by_onednn(x, weight.t()):
-        return _onednn(x, weight, bias)
+        # Which takes the bias for contiguous, whatever its strides.
+        return _onednn(x, weight, None if bias is None else bias.contiguous())
     return F.linear(x, weight, bias)
 
 
