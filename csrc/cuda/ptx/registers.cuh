@@ -1,0 +1,12 @@
+// What the compiler knows about registers.
+#pragma once
+
+#include <cstdint>
+
+namespace diffit::cuda {
+
+// Makes the compiler forget what it knows of a value: what was computed from it is computed again
+// where it is needed again, instead of being kept in registers of its own.
+__device__ __forceinline__ void forget(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+}  // namespace diffit::cuda

@@ -1,0 +1,256 @@
+// Windowed attention with a bias from its table and a time token, on tensor cores from sm_80 on:
+//
+//     out = softmax(scale (q + q_t) kᵀ + B) v + v_t
+//
+// A block of four warps serves one head, and walks over tiles of queries of all windows, so that
+// what belongs to a head is made ready once. A tile has 64 M queries: of one window, or, of windows
+// of up to 32 tokens, several windows, each at a multiple of KEYS rows. Its keys pass in tiles of
+// 64, the next one copied while one is worked on. A warp keeps 16 M queries, their scores and their
+// sums in registers: a row of the scores lies in four lanes.
+//
+// Read and written once: qkv (k and v by every tile of queries of a window, from the L2 cache),
+// out, lse. The exponentials are of base 2: log2 e is part of the scale and of the biases.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/window.cuh"
+
+namespace diffit::cuda {
+
+constexpr int kThreads = 128;
+constexpr int kTileKeys = 64;
+
+// Of all kernels over tiles: which tiles a block of threads takes, and how far it copies ahead.
+struct Walk {
+  int items;   // tiles of a head
+  int splits;  // blocks of threads of a head; each takes every splits-th item
+  int stages;  // 2: the next tile is copied meanwhile; 1: where shared memory has no room for it
+};
+
+struct ForwardArguments {
+  WindowAttention a;
+  Windows windows;
+  Walk walk;
+};
+
+// Adds the time token's q part, which starts at `first`, to rows of queries: in float32, rounded
+// once.
+template <class E, int D>
+__device__ __forceinline__ void add_time(Rows<D>& rows, const Input& temb, int64_t first) {
+#pragma unroll
+  for (int block = 0; block < D / 8; ++block) {
+    const float2 time = load_pair(temb, first + 8 * block + threadIdx.x % 4 * 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 x = pair<E>(rows.at(block, i));
+      rows.at(block, i) = pack<E>(x.x + time.x, x.y + time.y);
+    }
+  }
+}
+
+template <int D, int M>
+constexpr int forward_shared(const Windows& windows, bool has_table, int stages) {
+  const bool one_step = windows.tokens <= kTileKeys;
+  return stages * (Tile<D>::bytes(kTileKeys) * 2 + (one_step ? Tile<D>::bytes(64 * M) : 0)) +
+         (one_step ? 0 : Tile<D>::bytes(64 * M)) + Kept::bytes(windows, has_table);
+}
+
+template <class E, int D, int M, int KEYS>
+__global__ void __launch_bounds__(kThreads, 1)
+    window_attention_forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+  constexpr int kQueries = 64 * M, kWindows = kTileKeys / KEYS;
+  constexpr int N = M > 1 ? 4 : KEYS / 8;  // eights of keys of a step
+  static_assert(M == 1 || kWindows == 1);
+  const WindowAttention& a = arguments.a;
+  const Windows& windows = arguments.windows;
+  const Walk& walk = arguments.walk;
+  const int head = blockIdx.x / walk.splits;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int first_row = threadIdx.x / 32 * 16 * M;  // of this warp
+  const int first_key = kWindows > 1 ? first_row / KEYS * KEYS : 0;
+  const int query_tiles = kWindows > 1 ? 1 : (windows.tokens + kQueries - 1) / kQueries;
+  const int key_tiles = kWindows > 1 ? 1 : (windows.tokens + kTileKeys - 1) / kTileKeys;
+  const bool has_table = a.table.data, has_time = a.temb.data;
+  const int channels = a.channels();
+
+  unsigned char* memory = shared_memory();
+  const Kept kept(memory, windows);
+  memory += Kept::bytes(windows, has_table);
+  // Queries of two items where each is a single step: the next ones come before these are done.
+  const int query_buffers = key_tiles == 1 ? walk.stages : 1;
+  unsigned char* const q_tiles = memory;
+  unsigned char* const k_tiles = q_tiles + query_buffers * Tile<D>::bytes(kQueries);
+  unsigned char* const v_tiles = k_tiles + walk.stages * Tile<D>::bytes(kTileKeys);
+  fill(kept, windows, a.table, head, a.heads);
+  __syncthreads();
+
+  const E* const q = static_cast<const E*>(a.qkv) + head * D;
+  const E* const k = q + channels;
+  const E* const v = k + channels;
+  const auto copy = [&](int item, int key_tile, int buffer, int stage) {
+    const int window = item / query_tiles * kWindows;
+    const int64_t start = kWindows > 1 ? 0 : windows.start(window);
+    const auto row_of = [&](int row, int first_token) -> int64_t {
+      const int token = kWindows > 1 ? row % KEYS : first_token + row;
+      const int of = window + (kWindows > 1 ? row / KEYS : 0);
+      if (token >= windows.tokens || of >= windows.count) return -1;
+      return (kWindows > 1 ? windows.start(of) : start) + kept.offsets[token];
+    };
+    if (key_tile == 0) {
+      const int first = item % query_tiles * kQueries;
+      copy_rows<E, D, kQueries, kThreads, 1>({q_tiles + buffer * Tile<D>::bytes(kQueries)}, {q},
+                                             3 * channels,
+                                             [&](int row) { return row_of(row, first); });
+    }
+    copy_rows<E, D, kTileKeys, kThreads, 2>(
+        {k_tiles + stage * Tile<D>::bytes(kTileKeys), v_tiles + stage * Tile<D>::bytes(kTileKeys)},
+        {k, v}, 3 * channels, [&](int row) { return row_of(row, key_tile * kTileKeys); });
+    commit_copies();
+  };
+
+  const float scale = a.scale * kLog2e;
+  int buffer = 0, stage = 0, item = blockIdx.x % walk.splits;
+  if (item < walk.items) copy(item, 0, 0, 0);
+  for (; item < walk.items; item += walk.splits) {
+    // Rows g + 8 i of this warp's m-th sixteen: a window, and tokens of it.
+    const int window = item / query_tiles * kWindows + (kWindows > 1 ? first_row / KEYS : 0);
+    const int64_t time_at = int64_t{window / windows.of_sample} * 2 * channels + head * D;
+    int token[M][2], place[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + 16 * m + g + 8 * i;
+        token[m][i] = kWindows > 1 ? row % KEYS : item % query_tiles * kQueries + row;
+        place[m][i] = kept.places[token[m][i]] + windows.center();
+      }
+    }
+    Rows<D> queries[M];
+    float acc[M][D / 8][4] = {}, maximum[M][2], sum[M][2] = {};
+#pragma unroll
+    for (int m = 0; m < M; ++m) maximum[m][0] = maximum[m][1] = -INFINITY;
+
+    for (int key_tile = 0; key_tile < key_tiles; ++key_tile) {
+      wait_copies<0>();
+      __syncthreads();  // all copies are there, and nobody works on the tile before
+      const bool last = key_tile + 1 == key_tiles;
+      const int next_item = last ? item + walk.splits : item, next_tile = last ? 0 : key_tile + 1;
+      const int next_buffer = last && query_buffers == 2 ? buffer ^ 1 : buffer;
+      if (walk.stages == 2 && next_item < walk.items) {
+        copy(next_item, next_tile, next_buffer, stage ^ 1);
+      }
+      if (key_tile == 0) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          load_rows(queries[m], q_tiles + buffer * Tile<D>::bytes(kQueries), first_row + 16 * m);
+          if (has_time && window < windows.count) add_time<E>(queries[m], a.temb, time_at);
+        }
+      }
+
+#pragma unroll 1
+      for (int step = 0; step < KEYS; step += 8 * N) {
+        float scores[M][N][4] = {};
+        multiply_transposed<E>(scores, queries, k_tiles + stage * Tile<D>::bytes(kTileKeys),
+                               first_key + step);
+        const int first_token = key_tile * kTileKeys + step;
+        const bool masked = first_token + 8 * N > windows.tokens;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          const int key = first_token + 8 * n + 2 * t;
+          const int2 key_place = *reinterpret_cast<const int2*>(kept.places + key);
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int pair = place[m][i / 2] - (i % 2 ? key_place.y : key_place.x);
+              float score = scores[m][n][i] * scale;
+              if (has_table) score = fmaf(scores[m][n][i], scale, kept.table[pair]);
+              scores[m][n][i] = masked && key + i % 2 >= windows.tokens ? -INFINITY : score;
+            }
+          }
+        }
+
+        uint32_t probabilities[M][N / 2][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float largest = maximum[m][i];
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+              largest = fmaxf(largest, fmaxf(scores[m][n][2 * i], scores[m][n][2 * i + 1]));
+            }
+            largest = row_max(largest);
+            const float safe = largest == -INFINITY ? 0.f : largest;  // not -inf - -inf
+            const float factor = exp2_approx(maximum[m][i] - safe);
+            maximum[m][i] = largest;
+            float part = 0;
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+              float* score = scores[m][n] + 2 * i;
+              score[0] = exp2_approx(score[0] - safe);
+              score[1] = exp2_approx(score[1] - safe);
+              part += score[0] + score[1];
+            }
+            sum[m][i] = sum[m][i] * factor + part;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+              acc[m][n][2 * i] *= factor;
+              acc[m][n][2 * i + 1] *= factor;
+            }
+          }
+          to_rows<E>(probabilities[m], scores[m]);
+        }
+        multiply<E, D>(acc, probabilities, v_tiles + stage * Tile<D>::bytes(kTileKeys),
+                       first_key + step);
+      }
+
+      if (walk.stages == 2) {
+        stage ^= 1;
+      } else {
+        __syncthreads();
+        if (next_item < walk.items) copy(next_item, next_tile, 0, 0);
+      }
+      buffer = next_buffer;
+    }
+
+    const bool valid_window = window < windows.count;
+    const int64_t start = valid_window ? windows.start(window) : 0;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      E* rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool valid = valid_window && token[m][i] < windows.tokens;
+        const float total = row_sum(sum[m][i]), factor = 1 / total;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          acc[m][n][2 * i] *= factor;
+          acc[m][n][2 * i + 1] *= factor;
+        }
+        rows[i] = valid ? static_cast<E*>(a.out) + (start + kept.offsets[token[m][i]]) * channels +
+                              head * D
+                        : nullptr;
+        if (valid && t == 0) {
+          a.lse[(int64_t{window} * a.heads + head) * windows.tokens + token[m][i]] =
+              maximum[m][i] + log2f(total);
+        }
+      }
+      if (has_time && valid_window) {
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          const float2 time = load_pair(a.temb, time_at + channels + 8 * n + 2 * t);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            acc[m][n][2 * i] += time.x;
+            acc[m][n][2 * i + 1] += time.y;
+          }
+        }
+      }
+      store_rows(acc[m], rows[0], rows[1]);
+    }
+  }
+}
+
+}  // namespace diffit::cuda
