@@ -12,9 +12,7 @@ void forward(const WindowAttention& a, void* stream) {
   const std::string what = describe("window_attention_forward", a);
   const auto kernel = window_attention_forward_kernel<E, D, M, KEYS>;
   const Windows windows(a);
-  const auto shared_bytes = [&](int stages) {
-    return forward_shared<D, M>(windows, a.table.data, stages);
-  };
+  const auto shared_bytes = [&](int stages) { return forward_shared<D, M>(windows, stages); };
   const int items = KEYS < kTileKeys ? (windows.count + kTileKeys / KEYS - 1) / (kTileKeys / KEYS)
                                      : windows.count * ((windows.tokens + 64 * M - 1) / (64 * M));
   const Walk walk = walk_over(items, a.heads, kernel, shared_bytes, what);

@@ -38,22 +38,23 @@ struct ForwardArguments {
 // once.
 template <class E, int D>
 __device__ __forceinline__ void add_time(Rows<D>& rows, const Input& temb, int64_t first) {
+  float2 time[D / 8];
+  load_time(time, temb, first);
 #pragma unroll
   for (int block = 0; block < D / 8; ++block) {
-    const float2 time = load_pair(temb, first + 8 * block + threadIdx.x % 4 * 2);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 x = pair<E>(rows.at(block, i));
-      rows.at(block, i) = pack<E>(x.x + time.x, x.y + time.y);
+      rows.at(block, i) = pack<E>(x.x + time[block].x, x.y + time[block].y);
     }
   }
 }
 
 template <int D, int M>
-constexpr int forward_shared(const Windows& windows, bool has_table, int stages) {
+constexpr int forward_shared(const Windows& windows, int stages) {
   const bool one_step = windows.tokens <= kTileKeys;
   return stages * (Tile<D>::bytes(kTileKeys) * 2 + (one_step ? Tile<D>::bytes(64 * M) : 0)) +
-         (one_step ? 0 : Tile<D>::bytes(64 * M)) + Kept::bytes(windows, has_table);
+         (one_step ? 0 : Tile<D>::bytes(64 * M)) + Kept::bytes(windows);
 }
 
 template <class E, int D, int M, int KEYS>
@@ -71,12 +72,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_key = kWindows > 1 ? first_row / KEYS * KEYS : 0;
   const int query_tiles = kWindows > 1 ? 1 : (windows.tokens + kQueries - 1) / kQueries;
   const int key_tiles = kWindows > 1 ? 1 : (windows.tokens + kTileKeys - 1) / kTileKeys;
-  const bool has_table = a.table.data, has_time = a.temb.data;
+  const bool has_time = a.temb.data;
   const int channels = a.channels();
 
   unsigned char* memory = shared_memory();
   const Kept kept(memory, windows);
-  memory += Kept::bytes(windows, has_table);
+  memory += Kept::bytes(windows);
   // Queries of two items where each is a single step: the next ones come before these are done.
   const int query_buffers = key_tiles == 1 ? walk.stages : 1;
   unsigned char* const q_tiles = memory;
@@ -97,15 +98,22 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (token >= windows.tokens || of >= windows.count) return -1;
       return (kWindows > 1 ? windows.start(of) : start) + kept.offsets[token];
     };
-    if (key_tile == 0) {
-      const int first = item % query_tiles * kQueries;
-      copy_rows<E, D, kQueries, kThreads, 1>({q_tiles + buffer * Tile<D>::bytes(kQueries)}, {q},
-                                             3 * channels,
-                                             [&](int row) { return row_of(row, first); });
+    unsigned char* const q_tile = q_tiles + buffer * Tile<D>::bytes(kQueries);
+    unsigned char* const k_tile = k_tiles + stage * Tile<D>::bytes(kTileKeys);
+    unsigned char* const v_tile = v_tiles + stage * Tile<D>::bytes(kTileKeys);
+    if constexpr (kWindows > 1) {
+      copy_rows<E, D, 64, kThreads, 3>({q_tile, k_tile, v_tile}, {q, k, v}, 3 * channels,
+                                       [&](int row) { return row_of(row, 0); });
+    } else {
+      if (key_tile == 0) {
+        const int first = item % query_tiles * kQueries;
+        copy_rows<E, D, kQueries, kThreads, 1>({q_tile}, {q}, 3 * channels,
+                                               [&](int row) { return row_of(row, first); });
+      }
+      copy_rows<E, D, kTileKeys, kThreads, 2>({k_tile, v_tile}, {k, v}, 3 * channels, [&](int row) {
+        return row_of(row, key_tile * kTileKeys);
+      });
     }
-    copy_rows<E, D, kTileKeys, kThreads, 2>(
-        {k_tiles + stage * Tile<D>::bytes(kTileKeys), v_tiles + stage * Tile<D>::bytes(kTileKeys)},
-        {k, v}, 3 * channels, [&](int row) { return row_of(row, key_tile * kTileKeys); });
     commit_copies();
   };
 
@@ -115,15 +123,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (; item < walk.items; item += walk.splits) {
     // Rows g + 8 i of this warp's m-th sixteen: a window, and tokens of it.
     const int window = item / query_tiles * kWindows + (kWindows > 1 ? first_row / KEYS : 0);
-    const int64_t time_at = int64_t{window / windows.of_sample} * 2 * channels + head * D;
-    int token[M][2], place[M][2];
+    const int64_t time_at = int64_t{windows.sample(window)} * 2 * channels + head * D;
+    int token[M][2];
+    const char* biases[M][2];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row + 16 * m + g + 8 * i;
         token[m][i] = kWindows > 1 ? row % KEYS : item % query_tiles * kQueries + row;
-        place[m][i] = kept.places[token[m][i]] + windows.center();
+        biases[m][i] = kept.of_query(windows, token[m][i]);
       }
     }
     Rows<D> queries[M];
@@ -154,19 +163,27 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply_transposed<E>(scores, queries, k_tiles + stage * Tile<D>::bytes(kTileKeys),
                                first_key + step);
         const int first_token = key_tile * kTileKeys + step;
-        const bool masked = first_token + 8 * N > windows.tokens;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-          const int key = first_token + 8 * n + 2 * t;
-          const int2 key_place = *reinterpret_cast<const int2*>(kept.places + key);
+          const int2 place =
+              *reinterpret_cast<const int2*>(kept.places + first_token + 8 * n + 2 * t);
 #pragma unroll
           for (int m = 0; m < M; ++m) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const int pair = place[m][i / 2] - (i % 2 ? key_place.y : key_place.x);
-              float score = scores[m][n][i] * scale;
-              if (has_table) score = fmaf(scores[m][n][i], scale, kept.table[pair]);
-              scores[m][n][i] = masked && key + i % 2 >= windows.tokens ? -INFINITY : score;
+              const float bias = Kept::bias(biases[m][i / 2], i % 2 ? -place.y : -place.x);
+              scores[m][n][i] = fmaf(scores[m][n][i], scale, bias);
+            }
+          }
+        }
+        if (first_token + 8 * N > windows.tokens) {
+#pragma unroll
+          for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (first_token + 8 * n + 2 * t + i % 2 < windows.tokens) continue;
+#pragma unroll
+              for (int m = 0; m < M; ++m) scores[m][n][i] = -INFINITY;
             }
           }
         }
@@ -194,10 +211,12 @@ __global__ void __launch_bounds__(kThreads, 1)
               part += score[0] + score[1];
             }
             sum[m][i] = sum[m][i] * factor + part;
+            if (__any_sync(0xffffffffu, factor != 1)) {
 #pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-              acc[m][n][2 * i] *= factor;
-              acc[m][n][2 * i + 1] *= factor;
+              for (int n = 0; n < D / 8; ++n) {
+                acc[m][n][2 * i] *= factor;
+                acc[m][n][2 * i + 1] *= factor;
+              }
             }
           }
           to_rows<E>(probabilities[m], scores[m]);
@@ -238,14 +257,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       if (has_time && valid_window) {
+        float2 time[D / 8];
+        load_time(time, a.temb, time_at + channels);
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
-          const float2 time = load_pair(a.temb, time_at + channels + 8 * n + 2 * t);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            acc[m][n][2 * i] += time.x;
-            acc[m][n][2 * i + 1] += time.y;
-          }
+          for (int i = 0; i < 4; ++i) acc[m][n][i] += i % 2 ? time[n].y : time[n].x;
         }
       }
       store_rows(acc[m], rows[0], rows[1]);

@@ -55,7 +55,7 @@ void small_backward(BackwardArguments arguments, void* stream) {
   const WindowAttention& a = arguments.a;
   const auto kernel = window_attention_backward_small_kernel<E, D, KEYS>;
   const auto shared_bytes = [&](int stages) {
-    return small_backward_shared<D>(arguments.windows, a.table.data, stages);
+    return small_backward_shared<D>(arguments.windows, stages);
   };
   arguments.walk = {small_items(a), splits(small_items(a), a.heads),
                     shared_bytes(2) <= shared_memory_limit() ? 2 : 1};
@@ -76,9 +76,9 @@ void large_backward(BackwardArguments arguments, void* stream) {
            shared_bytes(arguments.walk.stages), stream, what);
   };
   walk_and_launch(window_attention_backward_query_kernel<E, D>, "window_attention_backward_query",
-                  [&](int stages) { return query_shared<D>(windows, a.table.data, stages); });
+                  [&](int stages) { return query_shared<D>(windows, stages); });
   walk_and_launch(window_attention_backward_key_kernel<E, D>, "window_attention_backward_key",
-                  [&](int stages) { return key_shared<D>(windows, a.table.data, stages); });
+                  [&](int stages) { return key_shared<D>(windows, stages); });
   if (!a.table.data) return;
   const int stages = table_shared<D>(windows, 2) <= shared_memory_limit() ? 2 : 1;
   arguments.walk = {windows.count, table_splits(a), stages};

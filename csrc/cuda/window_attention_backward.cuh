@@ -52,13 +52,14 @@ __device__ __forceinline__ void add_dot(float (&dot)[2], Rows<D>& rows, Rows<D>&
 template <class E, int D>
 __device__ __forceinline__ void add_time_dot(float (&dot)[2], Rows<D>& rows, const Input& temb,
                                              int64_t first) {
+  float2 time[D / 8];
+  load_time(time, temb, first);
 #pragma unroll
   for (int block = 0; block < D / 8; ++block) {
-    const float2 time = load_pair(temb, first + 8 * block + threadIdx.x % 4 * 2);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 x = pair<E>(rows.at(block, i));
-      dot[i] += x.x * time.x + x.y * time.y;
+      dot[i] += x.x * time[block].x + x.y * time[block].y;
     }
   }
 }

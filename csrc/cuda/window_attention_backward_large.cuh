@@ -11,8 +11,8 @@ constexpr int query_step(int head_dim) { return head_dim <= 72 ? 8 : 4; }
 constexpr int key_step(int head_dim) { return head_dim <= 64 ? 8 : head_dim <= 96 ? 4 : 2; }
 
 template <int D>
-constexpr int query_shared(const Windows& windows, bool has_table, int stages) {
-  return Kept::bytes(windows, has_table) + 4 * 4 * 2 * D + (3 + 2 * stages) * Tile<D>::bytes(64);
+constexpr int query_shared(const Windows& windows, int stages) {
+  return Kept::bytes(windows) + 4 * 4 * 2 * D + (3 + 2 * stages) * Tile<D>::bytes(64);
 }
 
 template <class E, int D>
@@ -25,12 +25,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int head = blockIdx.x / walk.splits;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   const int first_row = 16 * warp, tiles = window_tiles(windows);
-  const bool has_table = a.table.data, has_time = a.temb.data;
+  const bool has_time = a.temb.data;
   const int channels = a.channels();
 
   unsigned char* memory = shared_memory();
   const Kept kept(memory, windows);
-  memory += Kept::bytes(windows, has_table);
+  memory += Kept::bytes(windows);
   float* const time_sums = reinterpret_cast<float*>(memory);  // (4 warps, 2, D)
   unsigned char* const q_tile = memory + 4 * 4 * 2 * D;
   unsigned char* const dout_tile = q_tile + kTileBytes;
@@ -66,12 +66,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (item < walk.items) copy(item, 0, 0);
   for (; item < walk.items; item += walk.splits) {
     const int window = item / tiles;
-    const int64_t time_at = int64_t{window / windows.of_sample} * 2 * channels + head * D;
-    int tokens[2], places[2];
+    const int64_t time_at = int64_t{windows.sample(window)} * 2 * channels + head * D;
+    int tokens[2];
+    const char* biases[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       tokens[i] = item % tiles * 64 + first_row + g + 8 * i;
-      places[i] = kept.places[tokens[i]] + windows.center();
+      biases[i] = kept.of_query(windows, tokens[i]);
     }
     Rows<D> queries[1], douts[1];
     float acc[1][D / 8][4] = {}, lse[2], delta[2] = {};
@@ -112,11 +113,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int n = 0; n < N; ++n) {
           const int key = key_tile * 64 + step + 8 * n + 2 * t;
-          const int2 key_place = *reinterpret_cast<const int2*>(kept.places + key);
+          const int2 place = *reinterpret_cast<const int2*>(kept.places + key);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int pair = places[i / 2] - (i % 2 ? key_place.y : key_place.x);
-            const float bias = has_table ? kept.table[pair] : 0.f;
+            const float bias = Kept::bias(biases[i / 2], i % 2 ? -place.y : -place.x);
             float p = exp2_approx(fmaf(scores[0][n][i], scale, bias) - lse[i / 2]);
             if (masked && key + i % 2 >= windows.tokens) p = 0;
             dscores[0][n][i] = p * (dscores[0][n][i] - delta[i / 2]);
@@ -157,9 +157,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <int D>
-constexpr int key_shared(const Windows& windows, bool has_table, int stages) {
-  return Kept::bytes(windows, has_table) + stages * 2 * 64 * 4 +
-         2 * (1 + stages) * Tile<D>::bytes(64);
+constexpr int key_shared(const Windows& windows, int stages) {
+  return Kept::bytes(windows) + stages * 2 * 64 * 4 + 2 * (1 + stages) * Tile<D>::bytes(64);
 }
 
 template <class E, int D>
@@ -172,12 +171,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int head = blockIdx.x / walk.splits;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_row = threadIdx.x / 32 * 16, tiles = window_tiles(windows);
-  const bool has_table = a.table.data, has_time = a.temb.data;
+  const bool has_time = a.temb.data;
   const int channels = a.channels();
 
   unsigned char* memory = shared_memory();
   const Kept kept(memory, windows);
-  memory += Kept::bytes(windows, has_table);
+  memory += Kept::bytes(windows);
   float* const statistics = reinterpret_cast<float*>(memory);  // (stages, lse and delta, 64)
   unsigned char* const k_tile = memory + walk.stages * 2 * 64 * 4;
   unsigned char* const v_tile = k_tile + kTileBytes;
@@ -216,12 +215,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (item < walk.items) copy(item, 0, 0);
   for (; item < walk.items; item += walk.splits) {
     const int window = item / tiles;
-    const int64_t time_at = int64_t{window / windows.of_sample} * 2 * channels + head * D;
-    int tokens[2], places[2];
+    const int64_t time_at = int64_t{windows.sample(window)} * 2 * channels + head * D;
+    int tokens[2];
+    const char* biases[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       tokens[i] = item % tiles * 64 + first_row + g + 8 * i;
-      places[i] = kept.places[tokens[i]] - windows.center();
+      biases[i] = kept.of_key(windows, tokens[i]);
     }
     Rows<D> keys[1], values[1];
     // The time token's share: of each key's scores, and of its gradient.
@@ -254,13 +254,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int n = 0; n < N; ++n) {
           const int column = step + 8 * n + 2 * t, query = query_tile * 64 + column;
-          const int2 query_place = *reinterpret_cast<const int2*>(kept.places + query);
+          const int2 place = *reinterpret_cast<const int2*>(kept.places + query);
           const float2 column_lse = *reinterpret_cast<const float2*>(lse + column);
           const float2 column_delta = *reinterpret_cast<const float2*>(lse + 64 + column);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int pair = (i % 2 ? query_place.y : query_place.x) - places[i / 2];
-            const float bias = has_table ? kept.table[pair] : 0.f;
+            const float bias = Kept::bias(biases[i / 2], i % 2 ? place.y : place.x);
             const float score = fmaf(scores[0][n][i], scale, bias) + time_score[i / 2];
             float p = exp2_approx(score - (i % 2 ? column_lse.y : column_lse.x));
             if (masked && query + i % 2 >= windows.tokens) p = 0;
@@ -292,13 +291,13 @@ __global__ void __launch_bounds__(kThreads, 1)
                     ? static_cast<E*>(a.dqkv) + row * 3 * channels + channels + head * D
                     : nullptr;
     }
+    float2 time[D / 8] = {};
+    if (has_time) load_time(time, a.temb, time_at);
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
-      float2 time = {0, 0};
-      if (has_time) time = load_pair(a.temb, time_at + 8 * n + 2 * t);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float of_time = sum[i / 2] * (i % 2 ? time.y : time.x);
+        const float of_time = sum[i / 2] * (i % 2 ? time[n].y : time[n].x);
         dkeys[0][n][i] = a.scale * (dkeys[0][n][i] + of_time);
       }
     }

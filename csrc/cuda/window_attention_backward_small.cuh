@@ -9,11 +9,9 @@
 namespace diffit::cuda {
 
 template <int D>
-constexpr int small_backward_shared(const Windows& windows, bool has_table, int stages) {
-  const int tiles = stages * 4 * Tile<D>::bytes(64);
-  const int pairs = has_table ? 64 * 65 * 4 : 0;  // at the end, over the tiles
-  return Kept::bytes(windows, has_table) + 4 * (2 * 64 + 4 * 2 * D) +
-         (tiles > pairs ? tiles : pairs);
+constexpr int small_backward_shared(const Windows& windows, int stages) {
+  static_assert(4 * Tile<D>::bytes(64) >= 64 * 65 * 4, "at the end the tiles' room is for pairs");
+  return Kept::bytes(windows) + 4 * (2 * 64 + 4 * 2 * D) + stages * 4 * Tile<D>::bytes(64);
 }
 
 template <class E, int D, int KEYS>
@@ -26,12 +24,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int head = blockIdx.x / walk.splits, split = blockIdx.x % walk.splits;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   const int first_row = 16 * warp, first_other = first_row / KEYS * KEYS;
-  const bool has_table = a.table.data, has_time = a.temb.data;
+  const bool has_time = a.temb.data;
   const int channels = a.channels();
 
   unsigned char* memory = shared_memory();
   const Kept kept(memory, windows);
-  memory += Kept::bytes(windows, has_table);
+  memory += Kept::bytes(windows);
   float* const lse = reinterpret_cast<float*>(memory);
   float* const delta = lse + 64;
   float* const time_sums = delta + 64;  // (4 warps, 2, D)
@@ -58,11 +56,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // Rows g and g + 8 of this warp: tokens, as queries and as keys; columns are tokens of the
   // window.
-  int tokens[2], places[2];
+  int tokens[2];
+  const char *of_query[2], *of_key[2];  // biases
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     tokens[i] = (first_row + g + 8 * i) % KEYS;
-    places[i] = kept.places[tokens[i]];
+    of_query[i] = kept.of_query(windows, tokens[i]);
+    of_key[i] = kept.of_key(windows, tokens[i]);
   }
   const bool masked = KEYS > windows.tokens;
   const float scale = a.scale * kLog2e;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Rows<D> rows[1];
       load_rows(rows[0], q_tile, first_row);
       if (has_time && valid_window) {
-        add_time<E>(rows[0], a.temb, int64_t{window / windows.of_sample} * 2 * channels + head * D);
+        add_time<E>(rows[0], a.temb, int64_t{windows.sample(window)} * 2 * channels + head * D);
         __syncwarp();
 #pragma unroll
         for (int block = 0; block < D / 8; ++block) {
@@ -118,11 +118,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const int key = 8 * n + 2 * t;
-        const int2 key_place = *reinterpret_cast<const int2*>(kept.places + key);
+        const int2 place = *reinterpret_cast<const int2*>(kept.places + key);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int pair = places[i / 2] + windows.center() - (i % 2 ? key_place.y : key_place.x);
-          const float bias = has_table ? kept.table[pair] : 0.f;
+          const float bias = Kept::bias(of_query[i / 2], i % 2 ? -place.y : -place.x);
           const float p = exp2_approx(fmaf(scores[0][n][i], scale, bias) - row_lse[i / 2]);
           scores[0][n][i] = masked && key + i % 2 >= windows.tokens ? 0.f : p;
           row_delta[i / 2] += scores[0][n][i] * dscores[0][n][i];
@@ -176,14 +175,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const int query = 8 * n + 2 * t;
-        const int2 query_place = *reinterpret_cast<const int2*>(kept.places + query);
+        const int2 place = *reinterpret_cast<const int2*>(kept.places + query);
         const float2 column_lse = *reinterpret_cast<const float2*>(lse + first_other + query);
         const float2 column_delta = *reinterpret_cast<const float2*>(delta + first_other + query);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int pair =
-              (i % 2 ? query_place.y : query_place.x) + windows.center() - places[i / 2];
-          const float bias = has_table ? kept.table[pair] : 0.f;
+          const float bias = Kept::bias(of_key[i / 2], i % 2 ? place.y : place.x);
           const float p = exp2_approx(fmaf(scores[0][n][i], scale, bias) -
                                       (i % 2 ? column_lse.y : column_lse.x));
           scores[0][n][i] = p;
@@ -218,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 
-  if (!has_table) return;
+  if (!a.table.data) return;
   __syncthreads();
   float* const tile = reinterpret_cast<float*>(tiles);
   keep_pairs(tile, 65, first_row, pairs);

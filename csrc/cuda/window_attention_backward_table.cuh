@@ -9,7 +9,7 @@ namespace diffit::cuda {
 template <int D>
 constexpr int table_shared(const Windows& windows, int stages) {
   const int tiles = stages * 4 * Tile<D>::bytes(64), pairs = 64 * 65 * 4;
-  return Kept::bytes(windows, true) + (tiles > pairs ? tiles : pairs);
+  return Kept::bytes(windows) + (tiles > pairs ? tiles : pairs);
 }
 
 template <class E, int D>
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   unsigned char* memory = shared_memory();
   const Kept kept(memory, windows);
-  unsigned char* const tiles_memory = memory + Kept::bytes(windows, true);
+  unsigned char* const tiles_memory = memory + Kept::bytes(windows);
   fill(kept, windows, a.table, head, a.heads);
   __syncthreads();
 
@@ -54,11 +54,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const float scale = a.scale * kLog2e;
   const bool masked = key_tile * 64 + 64 > windows.tokens;
-  int tokens[2], places[2];
+  int tokens[2];
+  const char* biases[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     tokens[i] = query_tile * 64 + first_row + g + 8 * i;
-    places[i] = kept.places[tokens[i]] + windows.center();
+    biases[i] = kept.of_query(windows, tokens[i]);
   }
   float pairs[N][4] = {};
   int stage = 0, window = split;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Rows<D> rows[1];
       load_rows(rows[0], q_tile, first_row);
       if (a.temb.data) {
-        add_time<E>(rows[0], a.temb, int64_t{window / windows.of_sample} * 2 * channels + head * D);
+        add_time<E>(rows[0], a.temb, int64_t{windows.sample(window)} * 2 * channels + head * D);
       }
       multiply_transposed<E>(scores, rows, q_tile + 2 * kTileBytes, 0);
       load_rows(rows[0], q_tile + kTileBytes, first_row);
@@ -90,11 +91,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int key = key_tile * 64 + 8 * n + 2 * t;
-      const int2 key_place = *reinterpret_cast<const int2*>(kept.places + key);
+      const int2 place = *reinterpret_cast<const int2*>(kept.places + key);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int pair = places[i / 2] - (i % 2 ? key_place.y : key_place.x);
-        float p = exp2_approx(fmaf(scores[0][n][i], scale, kept.table[pair]) - lse[i / 2]);
+        const float bias = Kept::bias(biases[i / 2], i % 2 ? -place.y : -place.x);
+        float p = exp2_approx(fmaf(scores[0][n][i], scale, bias) - lse[i / 2]);
         if (masked && key + i % 2 >= windows.tokens) p = 0;
         pairs[n][i] += p * (dscores[0][n][i] - delta[i / 2]);
       }
