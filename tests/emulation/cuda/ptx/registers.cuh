@@ -1,0 +1,10 @@
+// Twin of csrc/cuda/ptx/registers.cuh.
+#pragma once
+
+#include <cstdint>
+
+namespace diffit::cuda {
+
+inline void forget(uint32_t&) {}
+
+}  // namespace diffit::cuda
