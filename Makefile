@@ -23,7 +23,7 @@ test-all: $(READY) lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp tests/sanitizers/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks

@@ -19,8 +19,9 @@ A backend plugs in as a module beside ``eager.py`` with functions of the schema'
 ``forward``, ``backward``, ``can_run`` (None, or the reason why it cannot), and ``fake`` where the
 results it saves for its backward differ from the eager backend's. ``DEVICES``, if the module has
 it, names the device types that its kernels are for, instead of those below. The native kernels'
-library may have to be compiled before it is loaded (:mod:`diffit_kernels.native_library`), which
-``can_run`` sees to; with ``DIFFIT_NATIVE=0`` in the environment it is as if they were not there.
+libraries may have to be compiled before they are loaded (:mod:`diffit_kernels.native_library`),
+which ``can_run`` sees to; with ``DIFFIT_NATIVE=0`` in the environment it is as if they were not
+there.
 """
 
 import contextlib
@@ -40,8 +41,11 @@ from diffit_kernels import native_library
 
 MODULES = {"eager": "eager", "triton": "triton_kernels", "native": "native"}
 BACKENDS = tuple(MODULES)
-PREFERENCE = {"cuda": ("native", "triton", "eager"), "cpu": ("native", "eager")}
-DEVICES = {"native": native_library.DEVICES}  # that a backend has kernels for; the others: any
+# Not native on cuda: no default is a kernel that has not run, and agreed, on a GPU. It becomes the
+# first there when the tests have passed on one.
+PREFERENCE = {"cuda": ("triton", "eager"), "cpu": ("native", "eager")}
+UNPROVEN = "not yet proven on hardware; backend='native' runs them"  # the native kernels on cuda
+DEVICES = {"native": ("cpu",)}  # that a backend has kernels for; the others: any
 
 _library = torch.library.Library("diffit", "DEF")
 _state = threading.local()
@@ -212,7 +216,8 @@ class FusedOp:
             reason = self.refusal(requested, *args)
             if reason is None:
                 return requested
-            others = [name for name in BACKENDS if self.refusal(name, *args) is None]
+            with native_library.without_compiling():
+                others = [name for name in BACKENDS if self.refusal(name, *args) is None]
             raise NotImplementedError(
                 f"{self.name}: backend {requested!r} cannot run this on {device}: {reason}. "
                 f"Backends that can: {', '.join(others)}."

@@ -9,7 +9,7 @@ import torch
 
 import diffit_kernels
 from diffit_kernels import native_library
-from diffit_kernels.dispatch import BACKENDS, PREFERENCE, REGISTRY
+from diffit_kernels.dispatch import BACKENDS, PREFERENCE, REGISTRY, UNPROVEN
 
 TUNED = Path(__file__).parent / "tuned"
 PACKAGES = ("triton", "diffusers", "safetensors", "huggingface_hub", "numpy")
@@ -57,7 +57,8 @@ def _backends() -> list[str]:
     tables = sorted(path.stem for path in TUNED.glob("*.json"))
     return [
         *lines,
-        f"native CPU kernels: {native_library.describe()}",
+        f"native CPU kernels: {native_library.CPU.describe()}",
+        f"native CUDA kernels: {UNPROVEN}; {native_library.CUDA.describe()}",
         "triton kernels are tested in Triton's interpreter and compiled for sm_80 to sm_120; they "
         "have not run on a GPU yet",
         f"tile sizes tuned for: {', '.join(tables) or 'no GPU yet, heuristics serve'}",
@@ -89,8 +90,8 @@ def _obstacle(op, backend: str, device: str) -> str | None:
     """Why a backend serves no case of an op on a device by default, or None."""
     if not op.is_built(backend):
         return op.refusal(backend)
-    if backend not in PREFERENCE[device]:
-        return f"not for {device}"
     if not op.is_built(backend, device):
         return f"this release has no {backend} kernels for {device}"
-    return native_library.obstacle() if backend == "native" else None
+    if backend not in PREFERENCE[device]:
+        return UNPROVEN if backend == "native" else f"not for {device}"
+    return native_library.CPU.obstacle() if backend == "native" else None

@@ -5,20 +5,14 @@ compiled; a stand-in for the compiler then copies it, at once or when it is let 
 """
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
-import zipfile
-from pathlib import Path
 
 import pytest
-import torch
 
 from diffit_kernels import native_library
+from tests.compiling import ROOT, Place, digest
 
-ROOT = Path(__file__).parents[1]
 BINDINGS = """
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -52,7 +46,7 @@ import torch
 from diffit_kernels import dispatch, native_library
 
 if folder := os.environ.get("TOY_SOURCES"):
-    native_library.SOURCES = Path(folder)
+    native_library.CPU.sources = Path(folder)
 
 first, second = (
     dispatch.FusedOp(
@@ -77,80 +71,24 @@ EAGER = "forward = backward = lambda x: x * 2"
 NATIVE = """
 from diffit_kernels import native_library
 
-can_run = native_library.refusal
+can_run = native_library.CPU.refusal
 
 
 def forward(x):
-    native_library.ops()
+    native_library.CPU.ops()
     return x * 3
 
 
 backward = forward
 """
-COMPILER = """#!/bin/sh
-case "$*" in *-dumpversion*) echo 12.2.0; exit;; esac
-for argument; do test "$previous" = -o && out=$argument; previous=$argument; done
-case "$out" in
-  *.so) echo link >> "$STANDIN_LOG"
-     while test -e "$STANDIN_HELD_BY"; do sleep 0.1; done
-     cp "$STANDIN_LIBRARY" "$out";;
-  *) test "$STANDIN_LIBRARY" || { echo "a.cpp:1:2: error: it is Tuesday"; exit 1; }
-     : > "$out";;
-esac
-"""
 
 
-class Place:
-    """A cache folder, an environment, and Python processes in them."""
-
-    def __init__(self, folder, modules, sources):
-        self.folder, self.cache, self.log = folder, folder / "cache", folder / "log"
-        self.compiler = folder / "g++"
-        self.compiler.write_text(COMPILER)
-        self.compiler.chmod(0o755)
-        self.environment = {
-            **os.environ,
-            "DIFFIT_CACHE_DIR": str(self.cache),
-            "PYTHONPATH": os.pathsep.join([str(modules), str(ROOT)]),
-            "TOY_SOURCES": str(sources),
-        }
-        for name in ("DIFFIT_NATIVE", "DIFFIT_CPU_CAPABILITY"):
-            self.environment.pop(name, None)
-
-    def stand_in(self, library, held_by=""):
-        """From here on, processes compile with the stand-in, which fails without a ``library``, and
-        does not end while there is a file ``held_by``."""
-        self.environment |= {
-            "CXX": str(self.compiler),
-            "STANDIN_LOG": str(self.log),
-            "STANDIN_LIBRARY": str(library or ""),
-            "STANDIN_HELD_BY": str(held_by),
-        }
-
-    def start(self, code, **options):
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
-
-    def run(self, code):
-        """(what it prints, what it says on stderr) of a process that succeeds."""
-        process = self.start(code)
-        out, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
-        return out.strip(), said.strip()
-
-    def links(self):
-        return self.log.read_text().count("link") if self.log.exists() else 0
-
-    def files(self):
-        """What is in the cache folder: names without keys, or suffixes."""
-        return sorted(path.suffix or path.name.partition("-")[0] for path in self.cache.iterdir())
+def toy_place(folder, modules, sources):
+    """A place whose processes find the toy stage, and compile the toy sources."""
+    place = Place(folder)
+    place.environment["PYTHONPATH"] = os.pathsep.join([str(modules), str(ROOT)])
+    place.environment["TOY_SOURCES"] = str(sources)
+    return place
 
 
 @pytest.fixture(scope="session")
@@ -166,11 +104,12 @@ def modules(tmp_path_factory):
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory, modules):
     """A place with a library of toy sources, really compiled, and what the process said."""
-    if (why := native_library.missing_tool()) is not None:
+    if (why := native_library.CPU.missing_tool()) is not None:
         pytest.skip(why)
     sources = tmp_path_factory.mktemp("sources")
-    (sources / "bindings.cpp").write_text(BINDINGS)
-    place = Place(tmp_path_factory.mktemp("compiled"), modules, sources)
+    (sources / "cpu").mkdir()
+    (sources / "cpu" / "bindings.cpp").write_text(BINDINGS)
+    place = toy_place(tmp_path_factory.mktemp("compiled"), modules, sources)
     place.said = place.run("import toy; assert toy.first.choose(toy.x.device, toy.x) == 'native'")
     (place.library,) = place.cache.glob("*.so")
     return place
@@ -179,7 +118,7 @@ def compiled(tmp_path_factory, modules):
 @pytest.fixture
 def place(tmp_path, modules, compiled):
     """An empty place with the toy sources; ``stand_in`` copies what was compiled."""
-    return Place(tmp_path, modules, compiled.environment["TOY_SOURCES"])
+    return toy_place(tmp_path, modules, compiled.environment["TOY_SOURCES"])
 
 
 def test_the_first_use_compiles_and_says_so_and_the_second_is_silent(compiled):
@@ -197,7 +136,7 @@ import toy
 threads = []
 for number in (1, 2, 3, 1):
     toy.torch.set_num_threads(number)
-    threads.append(toy.native_library.ops().threads())
+    threads.append(toy.native_library.CPU.ops().threads())
 libraries = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split("/")[-1]}
 print(threads, len(libraries))
 """
@@ -224,9 +163,9 @@ def compiled():
 
 for trace in (fake, compiled, lambda: exported(True), lambda: exported(False)):
     if os.fork() == 0:  # a process in which nothing is loaded yet
-        assert native_library._loaded is None
+        assert native_library.CPU._loaded is None
         result = trace()
-        assert native_library._loaded is not None
+        assert native_library.CPU._loaded is not None
         print(result, flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
@@ -269,10 +208,10 @@ def test_processes_and_threads_that_start_together_compile_once(place, compiled)
     place.stand_in(compiled.library, held_by)
     code = """
 import threading, toy
-threads = [threading.Thread(target=toy.native_library.reason) for _ in range(2)]
+threads = [threading.Thread(target=toy.native_library.CPU.reason) for _ in range(2)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-assert toy.native_library.reason() is None
+assert toy.native_library.CPU.reason() is None
 """
     first = place.start(code)
     try:
@@ -291,14 +230,14 @@ def test_a_killed_compilation_is_cleared_away(place, compiled):
     held_by = place.folder / "held"
     held_by.touch()
     place.stand_in(compiled.library, held_by)
-    process = place.start("import toy; toy.native_library.reason()", start_new_session=True)
+    process = place.start("import toy; toy.native_library.CPU.reason()", start_new_session=True)
     try:
         wait_for(place.links)
         process.kill()
         process.wait()
         assert place.files() == ["build", "lock"]
         place.stand_in(compiled.library)
-        said = place.run("import toy; assert toy.native_library.reason() is None")[1]
+        said = place.run("import toy; assert toy.native_library.CPU.reason() is None")[1]
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # its compiler
         process.communicate()
@@ -314,9 +253,9 @@ def test_a_damaged_library_is_made_again(place, compiled, kind):
     damaged.write_bytes(content)
     if kind == "not a library":
         key = compiled.library.stem.rpartition("-")[0]
-        damaged = damaged.rename(place.cache / f"{key}-{native_library._digest(damaged)}.so")
+        damaged = damaged.rename(place.cache / f"{key}-{digest(damaged)}.so")
     place.stand_in(compiled.library)
-    code = "import toy; assert toy.native_library.reason() is None"
+    code = "import toy; assert toy.native_library.CPU.reason() is None"
     said = place.run(code)[1]
     assert f"{damaged} cannot be loaded and will be made again" in said and "compiled in" in said
     assert place.run(code)[1] == "" and place.links() == 1
@@ -386,108 +325,6 @@ def test_info_says_what_will_be_done_and_does_not_do_it(place, compiled):
     assert f"native CPU kernels: will be compiled on first use, into {place.cache}" in text
     assert "first              runs on native" in text
     assert place.links() == 0 and said == ""
-    text, said = place.run(code.replace("print", "toy.native_library.ops(); print"))
+    text, said = place.run(code.replace("print", "toy.native_library.CPU.ops(); print"))
     assert f"native CPU kernels: compiled, {place.cache}" in text and "instruction set toy" in text
     assert place.links() == 1 and "compiled in" in said
-
-
-@pytest.mark.parametrize("name, allowed", [("portable", True), ("sse9", False)])
-def test_the_instruction_set_can_be_lowered(name, allowed):
-    """In a library of the true sources, which must compile where there is a compiler."""
-    if (why := native_library.missing_tool()) is not None:
-        pytest.skip(why)
-    assert native_library.reason() is None
-    code = "from diffit_kernels import native_library as n; print(n.ops().cpu_capability())"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "DIFFIT_CPU_CAPABILITY": name},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if allowed:
-        assert result.stdout.strip() == name, result.stderr
-    else:
-        assert "ValueError: DIFFIT_CPU_CAPABILITY must be portable, avx2, " in result.stderr
-        assert "got 'sse9'" in result.stderr
-
-
-def test_the_key_follows_everything_that_is_compiled(tmp_path, monkeypatch):
-    keys = [native_library.key()]
-    shutil.copytree(native_library.SOURCES, tmp_path / "csrc")
-    monkeypatch.setattr(native_library, "SOURCES", tmp_path / "csrc")
-    assert native_library.key() == keys[0]
-    (tmp_path / "csrc" / "README.md").write_text("not compiled")
-    assert native_library.key() == keys[0]
-    for path in ("bindings.cpp", "cpu/kernels.cpp", "cpu/kernels.h"):
-        with open(tmp_path / "csrc" / path, "a") as file:
-            file.write("\n")
-        keys.append(native_library.key())
-    (tmp_path / "csrc" / "cpu" / "kernels.h").rename(tmp_path / "csrc" / "cpu" / "other.h")
-    keys.append(native_library.key())
-    monkeypatch.setattr(native_library, "FLAGS", ("-O2",))
-    keys.append(native_library.key())
-    monkeypatch.setattr(torch, "__version__", "3.0")
-    keys.append(native_library.key())
-    assert len(set(keys)) == len(keys)
-
-
-BUILD_WHEEL = "import setuptools.build_meta as meta; print(meta.build_wheel('wheels'))"
-
-
-@pytest.fixture
-def checkout(place):
-    """A copy of what a wheel is made from, and the sources of the kernels in it."""
-    for name in ("diffit_kernels", "csrc"):
-        ignored = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(ROOT / name, place.folder / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, place.folder)
-    place.environment["PYTHONPATH"] = ""
-    return place
-
-
-@pytest.mark.parametrize("compiler", ["missing", "failing"])
-def test_a_wheel_needs_no_compiler_and_has_the_sources(checkout, compiler):
-    checkout.environment["CXX"] = "/nowhere/c++"
-    if compiler == "failing":
-        checkout.stand_in(None)
-    printed, said = checkout.run(BUILD_WHEEL)
-    wheel = checkout.folder / "wheels" / printed.splitlines()[-1]
-    names = zipfile.ZipFile(wheel).namelist()
-    kernels = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.[ch]*")}
-    assert {f"diffit_kernels/{name}" for name in kernels} <= set(names)
-    assert not [name for name in names if name.endswith((".so", ".log", ".o"))]
-    if compiler == "missing":
-        assert wheel.name.endswith("-py3-none-any.whl")
-        assert "no kernels are built ahead of time: there is no C++ compiler" in said
-    else:
-        assert "it is Tuesday" in said and "the first use will compile the kernels" in said
-
-
-def test_a_wheel_built_with_torch_at_hand_has_the_library(checkout, compiled):
-    checkout.stand_in(compiled.library)
-    printed, _ = checkout.run(BUILD_WHEEL)
-    target = checkout.folder / "target"
-    with zipfile.ZipFile(checkout.folder / "wheels" / printed.splitlines()[-1]) as wheel:
-        wheel.extractall(target)
-    check_ahead_of_time(checkout, target, "toy")
-
-
-@pytest.mark.slow
-def test_an_installation_with_torch_at_hand_builds_ahead_of_time(checkout):
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", "target", "."]
-    command = [sys.executable, "-m", "pip", "install", *options]
-    subprocess.run(command, cwd=checkout.folder, env=checkout.environment, check=True)
-    check_ahead_of_time(checkout, checkout.folder / "target", "")
-
-
-def check_ahead_of_time(place, target, capability):
-    """An installation serves without a compiler, and without a cache folder."""
-    shutil.rmtree(place.folder / "diffit_kernels")
-    shutil.rmtree(place.folder / "csrc")
-    place.environment |= {"PYTHONPATH": str(target), "CXX": "/nowhere/c++"}
-    code = "from diffit_kernels import native_library as n; n.ops(); print(n.describe())"
-    printed, said = place.run(code)
-    assert printed.startswith(f"built ahead of time; instruction set {capability}") and said == ""
-    assert not place.cache.exists()

@@ -40,8 +40,8 @@ CASES = {
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(case, *, time=True, bias=True, device="cpu"):
-    batch, height, width, heads, head_dim, (h, w) = CASES[case]
+def make(case, *, time=True, bias=True, device="cpu", cases=CASES):
+    batch, height, width, heads, head_dim, (h, w) = cases[case]
     channels = heads * head_dim
     qkv = torch.randn(batch, height, width, 3 * channels, device=device)
     table = torch.randn((2 * h - 1) * (2 * w - 1), heads, device=device) if bias else None

@@ -7,10 +7,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace diffit {
+#include "number.h"
 
-// The numbers of an activation. Parameters and what is summed over many tokens are float32.
-enum class Number { kFloat32, kBFloat16, kFloat16 };
+namespace diffit {
 
 // See cpu/window_attention.h.
 struct WindowAttention {

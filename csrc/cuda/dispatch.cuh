@@ -38,20 +38,28 @@ void with_element_and_head_dim(const WindowAttention& a, const Function& functio
   throw std::runtime_error("tensor cores take bfloat16 and float16");
 }
 
-inline std::string describe(const char* kernel, const WindowAttention& a) {
-  const auto text = [](int64_t number) { return std::to_string(number); };
-  return std::string(kernel) + " of " + text(a.batch) + " x " + text(a.height) + " x " +
-         text(a.width) + " tokens, " + text(a.heads) + " heads of " + text(a.head_dim) +
-         ", windows of " + text(a.window_height) + " x " + text(a.window_width);
-}
+// A call for the text of an error.
+struct Description {
+  const char* kernel;
+  const WindowAttention& a;
+
+  operator std::string() const {
+    const auto text = [](int64_t number) { return std::to_string(number); };
+    return std::string(kernel) + " of " + text(a.batch) + " x " + text(a.height) + " x " +
+           text(a.width) + " tokens, " + text(a.heads) + " heads of " + text(a.head_dim) +
+           ", windows of " + text(a.window_height) + " x " + text(a.window_width);
+  }
+};
+
+inline Description describe(const char* kernel, const WindowAttention& a) { return {kernel, a}; }
 
 // How blocks of threads walk over the `items` of each head: as many at a time as the device runs,
 // so that none waits for another to end, and each takes about the same number of items.
-// `shared_bytes` is a function of the stages; a second one is used where it fits.
+// `shared_bytes` is a function of the stages, of which there are at most `stages`: as many as fit.
 template <class Arguments, class SharedBytes>
 Walk walk_over(int items, int heads, void (*kernel)(Arguments), const SharedBytes& shared_bytes,
-               const std::string& what) {
-  const int stages = shared_bytes(2) <= shared_memory_limit() ? 2 : 1;
+               const Description& what, int stages = 2) {
+  if (shared_bytes(stages) > shared_memory_limit()) stages = 1;
   const int resident = resident_blocks(kernel, kThreads, shared_bytes(stages), what);
   const int splits = std::clamp(resident / heads, 1, std::max(items, 1));
   const int each = (items + splits - 1) / splits;

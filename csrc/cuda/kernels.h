@@ -52,6 +52,11 @@ void window_attention_backward(const WindowAttention&, Family, void* stream);
 // diffit_kernels/ops/window_attention/native_cuda.py lets through.
 bool hopper_serves(const WindowAttention&);
 
+// The Hopper family's part of the three functions above.
+void window_attention_forward_hopper(const WindowAttention&, void* stream);
+int64_t hopper_backward_scratch(const WindowAttention&);
+void window_attention_backward_hopper(const WindowAttention&, void* stream);
+
 // A row per sample (token_stride 0) or per token, and its gradient: contiguous, of its number.
 struct Modulation {
   const void* data;  // null where there is none

@@ -14,10 +14,12 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
-inline void check(cudaError_t error, const std::string& what) {
+// `what`, which becomes a std::string only if there is an error, says what was tried.
+template <class What>
+void check(cudaError_t error, const What& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that it is not found again by who comes next
-  throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 // A property of the current device.
@@ -43,8 +45,8 @@ inline int shared_memory_limit() {
 
 // Lets a kernel have so much shared memory. Once a kernel and device would do; it takes well under
 // a microsecond.
-template <class Arguments>
-void allow_shared(void (*kernel)(Arguments), int shared_bytes, const std::string& what) {
+template <class Arguments, class What>
+void allow_shared(void (*kernel)(Arguments), int shared_bytes, const What& what) {
   if (shared_bytes <= 48 * 1024) return;
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
@@ -52,9 +54,8 @@ void allow_shared(void (*kernel)(Arguments), int shared_bytes, const std::string
 }
 
 // Blocks of a kernel that the device runs at a time.
-template <class Arguments>
-int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes,
-                    const std::string& what) {
+template <class Arguments, class What>
+int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, const What& what) {
   allow_shared(kernel, shared_bytes, what);
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
@@ -64,9 +65,9 @@ int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes,
 
 // Starts `kernel` with one argument, a struct, on the current device. Safe in CUDA graph capture.
 // `what` names the kernel and its shapes in the error of a launch that is refused.
-template <class Arguments>
+template <class Arguments, class What>
 void launch(void (*kernel)(Arguments), const Arguments& arguments, dim3 grid, int threads,
-            int shared_bytes, void* stream, const std::string& what) {
+            int shared_bytes, void* stream, const What& what) {
   allow_shared(kernel, shared_bytes, what);
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   check(cudaGetLastError(), what);

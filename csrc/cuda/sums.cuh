@@ -31,11 +31,12 @@ struct SumParts {
   Number number;
 };
 
-// A block for 32 columns of a sample: blockIdx (columns / 32, sample).
-__global__ void __launch_bounds__(kSumThreads)
+// A block for 32 columns of a sample.
+static __global__ void __launch_bounds__(kSumThreads)
     sum_parts_kernel(const __grid_constant__ SumParts arguments) {
-  const int column = blockIdx.x * 32 + threadIdx.x % 32, columns = arguments.columns;
-  const int64_t sample = blockIdx.y;
+  const int columns = arguments.columns, blocks = (columns + 31) / 32;
+  const int column = blockIdx.x % blocks * 32 + threadIdx.x % 32;
+  const int64_t sample = blockIdx.x / blocks;
   const bool valid = column < columns;
   const float* const from = arguments.parts + sample * arguments.count * columns + column;
   const float sum = sum_of_parts(valid ? arguments.count : 0,
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 // dtable from the parts of all pairs of tiles: blockIdx (rows of the table / 32, head).
-__global__ void __launch_bounds__(kSumThreads)
+static __global__ void __launch_bounds__(kSumThreads)
     sum_table_kernel(const __grid_constant__ BackwardArguments arguments) {
   const Windows& windows = arguments.windows;
   const int heads = arguments.a.heads, head = blockIdx.y;

@@ -9,7 +9,7 @@ namespace {
 
 template <class E, int D, int M, int KEYS>
 void forward(const WindowAttention& a, void* stream) {
-  const std::string what = describe("window_attention_forward", a);
+  const Description what = describe("window_attention_forward", a);
   const auto kernel = window_attention_forward_kernel<E, D, M, KEYS>;
   const Windows windows(a);
   const auto shared_bytes = [&](int stages) { return forward_shared<D, M>(windows, stages); };
@@ -23,6 +23,7 @@ void forward(const WindowAttention& a, void* stream) {
 }  // namespace
 
 void window_attention_forward(const WindowAttention& a, Family family, void* stream) {
+  if (family == Family::kHopper) return window_attention_forward_hopper(a, stream);
   with_element_and_head_dim(a, [&](auto element, auto head_dim) {
     using E = decltype(element);
     constexpr int D = head_dim.value;

@@ -55,7 +55,7 @@ void small_backward(BackwardArguments arguments, void* stream) {
   const WindowAttention& a = arguments.a;
   const auto kernel = window_attention_backward_small_kernel<E, D, KEYS>;
   const auto shared_bytes = [&](int stages) {
-    return small_backward_shared<D>(arguments.windows, stages);
+    return small_backward_shared<D, KEYS>(arguments.windows, stages);
   };
   arguments.walk = {small_items(a), splits(small_items(a), a.heads),
                     shared_bytes(2) <= shared_memory_limit() ? 2 : 1};
@@ -69,16 +69,22 @@ void large_backward(BackwardArguments arguments, void* stream) {
   const WindowAttention& a = arguments.a;
   const Windows& windows = arguments.windows;
   const int tiles = window_tiles(windows);
-  const auto walk_and_launch = [&](auto kernel, const char* name, const auto& shared_bytes) {
-    const std::string what = describe(name, a);
-    arguments.walk = walk_over(windows.count * tiles, a.heads, kernel, shared_bytes, what);
+  const auto walk_and_launch = [&](auto kernel, const char* name, const auto& shared_bytes,
+                                   bool ahead) {
+    const Description what = describe(name, a);
+    arguments.walk =
+        walk_over(windows.count * tiles, a.heads, kernel, shared_bytes, what, ahead ? 2 : 1);
     launch(kernel, arguments, dim3(arguments.walk.splits * a.heads), kThreads,
            shared_bytes(arguments.walk.stages), stream, what);
   };
-  walk_and_launch(window_attention_backward_query_kernel<E, D>, "window_attention_backward_query",
-                  [&](int stages) { return query_shared<D>(windows, stages); });
-  walk_and_launch(window_attention_backward_key_kernel<E, D>, "window_attention_backward_key",
-                  [&](int stages) { return key_shared<D>(windows, stages); });
+  // The next item's own rows come during the last step of this one, which must not need its own.
+  const bool ahead = tiles > 1;
+  walk_and_launch(
+      window_attention_backward_query_kernel<E, D>, "window_attention_backward_query",
+      [&](int stages) { return query_shared<D>(windows, stages); }, ahead);
+  walk_and_launch(
+      window_attention_backward_key_kernel<E, D>, "window_attention_backward_key",
+      [&](int stages) { return key_shared<D>(windows, stages); }, ahead && keeps_keys(D));
   if (!a.table.data) return;
   const int stages = table_shared<D>(windows, 2) <= shared_memory_limit() ? 2 : 1;
   arguments.walk = {windows.count, table_splits(a), stages};
@@ -89,12 +95,14 @@ void large_backward(BackwardArguments arguments, void* stream) {
 
 }  // namespace
 
-int64_t backward_scratch(const WindowAttention& a, Family) {
+int64_t backward_scratch(const WindowAttention& a, Family family) {
+  if (family == Family::kHopper) return hopper_backward_scratch(a);
   const Scratch scratch(a);
   return scratch.delta + scratch.dtemb + scratch.dtable;
 }
 
-void window_attention_backward(const WindowAttention& a, Family, void* stream) {
+void window_attention_backward(const WindowAttention& a, Family family, void* stream) {
+  if (family == Family::kHopper) return window_attention_backward_hopper(a, stream);
   const Scratch scratch(a);
   float* const dtemb = a.scratch + scratch.delta;
   BackwardArguments arguments{a, Windows(a), {}, a.scratch, dtemb, dtemb + scratch.dtemb};
@@ -112,7 +120,7 @@ void window_attention_backward(const WindowAttention& a, Family, void* stream) {
     const int columns = 2 * a.channels();
     const int parts = a.windows_of_sample() * (is_small(a) ? 1 : window_tiles(arguments.windows));
     launch(sum_parts_kernel, SumParts{dtemb, parts, columns, a.dtemb, a.temb.number},
-           dim3((columns + 31) / 32, a.batch), kSumThreads, 4 * kSumThreads, stream,
+           dim3((columns + 31) / 32 * a.batch), kSumThreads, 4 * kSumThreads, stream,
            describe("window_attention_backward_time", a));
   }
   if (a.table.data) {

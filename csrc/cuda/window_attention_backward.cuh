@@ -97,23 +97,24 @@ __device__ __forceinline__ void write_time(float* to, int channels, const float*
   }
 }
 
-// dS of this warp's 16 queries and 8 N keys, to row first_row of `tile`, whose rows are `pitch`
-// long.
+// Adds dS of this warp's 16 queries and 8 N keys to rows from first_row on of `tile`, whose rows
+// are `pitch` long. Each number is always the same thread's.
 template <int N>
-__device__ __forceinline__ void keep_pairs(float* tile, int pitch, int first_row,
-                                           const float (&dscores)[N][4]) {
+__device__ __forceinline__ void add_pairs(float* tile, int pitch, int first_row,
+                                          const float (&dscores)[N][4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + lane / 4 + i / 2 * 8;
-      tile[row * pitch + 8 * n + lane % 4 * 2 + i % 2] = dscores[n][i];
+    for (int i = 0; i < 2; ++i) {
+      auto* to = reinterpret_cast<float2*>(tile + (first_row + lane / 4 + 8 * i) * pitch + 8 * n +
+                                           lane % 4 * 2);
+      *to = make_float2(to->x + dscores[n][2 * i], to->y + dscores[n][2 * i + 1]);
     }
   }
 }
 
-// Sums the 64 rows of such a tile by offset; row r has query (r % period) of its window, counted
+// Sums the 64 rows of such a tile by offset: row r has query (r % period) of its window, counted
 // from the query tile's first, and the keys are `keys` from the key tile's first. All threads,
 // after a barrier.
 __device__ __forceinline__ void sum_offsets(float* to, const float* tile, int pitch, int period,

@@ -8,7 +8,10 @@ namespace diffit::cuda {
 
 // Eights of the other tile's tokens that a warp holds scores of at a time: as registers allow.
 constexpr int query_step(int head_dim) { return head_dim <= 72 ? 8 : 4; }
-constexpr int key_step(int head_dim) { return head_dim <= 64 ? 8 : head_dim <= 96 ? 4 : 2; }
+constexpr int key_step(int head_dim) { return head_dim <= 64 ? 8 : 4; }
+// Whether keys and values stay in registers. Else each step loads them from shared memory, and the
+// next item's can only be copied when the last step is over.
+constexpr bool keeps_keys(int head_dim) { return head_dim <= 96; }
 
 template <int D>
 constexpr int query_shared(const Windows& windows, int stages) {
@@ -235,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (walk.stages == 2 && next_item < walk.items) copy(next_item, next_tile, stage ^ 1);
       if (query_tile == 0) {
         load_rows(keys[0], k_tile, first_row);
-        load_rows(values[0], v_tile, first_row);
+        if constexpr (keeps_keys(D)) load_rows(values[0], v_tile, first_row);
         if (has_time) {
           add_time_dot<E>(time_score, keys[0], a.temb, time_at);
 #pragma unroll
@@ -248,7 +251,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int step = 0; step < 64; step += 8 * N) {
         float scores[1][N][4] = {}, dscores[1][N][4] = {};
+        if constexpr (!keeps_keys(D)) load_rows(keys[0], k_tile, first_row);
         multiply_transposed<E>(scores, keys, q_tile, step);
+        if constexpr (!keeps_keys(D)) load_rows(values[0], v_tile, first_row);
         multiply_transposed<E>(dscores, values, dout_tile, step);
         const bool masked = query_tile * 64 + step + 8 * N > windows.tokens;
 #pragma unroll

@@ -1,17 +1,21 @@
 // The backward of windows of up to 64 tokens: everything from one tile, which is read once. Each
 // warp takes 16 queries, for dq, and then 16 keys, for dk and dv. Four windows of up to 16 tokens,
-// or two of up to 32, share a tile, and no warp looks beyond its own window. dtable is summed in
-// registers, over all tiles that a block of threads walks over.
+// or two of up to 32, share a tile, and no warp looks beyond its own window. dS is summed in shared
+// memory, each pair by the thread that has it, over all tiles that a block of threads walks over.
 #pragma once
 
 #include "cuda/window_attention_backward.cuh"
 
 namespace diffit::cuda {
 
-template <int D>
+// Of a row of dS: 8 numbers more than there are keys, so that a warp's threads use all banks.
+template <int KEYS>
+constexpr int kPairsPitch = KEYS + 8;
+
+template <int D, int KEYS>
 constexpr int small_backward_shared(const Windows& windows, int stages) {
-  static_assert(4 * Tile<D>::bytes(64) >= 64 * 65 * 4, "at the end the tiles' room is for pairs");
-  return Kept::bytes(windows) + 4 * (2 * 64 + 4 * 2 * D) + stages * 4 * Tile<D>::bytes(64);
+  return Kept::bytes(windows) + 4 * (64 * kPairsPitch<KEYS> + 2 * 64 + 4 * 2 * D) +
+         stages * 4 * Tile<D>::bytes(64);
 }
 
 template <class E, int D, int KEYS>
@@ -30,10 +34,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   unsigned char* memory = shared_memory();
   const Kept kept(memory, windows);
   memory += Kept::bytes(windows);
-  float* const lse = reinterpret_cast<float*>(memory);
+  float* const pairs = reinterpret_cast<float*>(memory);  // dS (64, KEYS)
+  float* const lse = pairs + 64 * kPairsPitch<KEYS>;
   float* const delta = lse + 64;
   float* const time_sums = delta + 64;  // (4 warps, 2, D)
-  unsigned char* const tiles = memory + 4 * (2 * 64 + 4 * 2 * D);
+  unsigned char* const tiles = reinterpret_cast<unsigned char*>(time_sums + 4 * 2 * D);
+  for (int i = threadIdx.x; i < 64 * kPairsPitch<KEYS>; i += kThreads) pairs[i] = 0;
   fill(kept, windows, a.table, head, a.heads);
   __syncthreads();
 
@@ -66,7 +72,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const bool masked = KEYS > windows.tokens;
   const float scale = a.scale * kLog2e;
-  float pairs[N][4] = {};
   int stage = 0;
   if (split < walk.items) copy(split, 0);
   for (int item = split; item < walk.items; item += walk.splits) {
@@ -140,9 +145,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           dscores[0][n][i] = scores[0][n][i] * (dscores[0][n][i] - row_delta[i / 2]);
-          pairs[n][i] += dscores[0][n][i];
         }
       }
+      if (a.table.data) add_pairs(pairs, kPairsPitch<KEYS>, first_row, dscores[0]);
       uint32_t rounded[1][N / 2][4];
       to_rows<E>(rounded[0], dscores[0]);
       float acc[1][D / 8][4] = {};
@@ -217,11 +222,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (!a.table.data) return;
   __syncthreads();
-  float* const tile = reinterpret_cast<float*>(tiles);
-  keep_pairs(tile, 65, first_row, pairs);
-  __syncthreads();
   sum_offsets(arguments.dtable_parts + (int64_t{split} * a.heads + head) * pair_offsets(windows),
-              tile, 65, KEYS, KEYS, 0, 0, windows);
+              pairs, kPairsPitch<KEYS>, KEYS, KEYS, 0, 0, windows);
 }
 
 }  // namespace diffit::cuda

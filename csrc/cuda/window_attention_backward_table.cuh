@@ -6,10 +6,12 @@
 
 namespace diffit::cuda {
 
+constexpr int kTablePitch = 72;
+
 template <int D>
 constexpr int table_shared(const Windows& windows, int stages) {
-  const int tiles = stages * 4 * Tile<D>::bytes(64), pairs = 64 * 65 * 4;
-  return Kept::bytes(windows) + (tiles > pairs ? tiles : pairs);
+  static_assert(4 * Tile<D>::bytes(64) >= 64 * kTablePitch * 4, "dS takes the tiles' room");
+  return Kept::bytes(windows) + stages * 4 * Tile<D>::bytes(64);
 }
 
 template <class E, int D>
@@ -110,10 +112,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   __syncthreads();
   float* const tile = reinterpret_cast<float*>(tiles_memory);
-  keep_pairs(tile, 65, first_row, pairs);
+  for (int i = threadIdx.x; i < 64 * kTablePitch; i += kThreads) tile[i] = 0;
   __syncthreads();
-  sum_offsets(arguments.dtable_parts + int64_t{blockIdx.x} * pair_offsets(windows), tile, 65, 64,
-              64, query_tile, key_tile, windows);
+  add_pairs(tile, kTablePitch, first_row, pairs);
+  __syncthreads();
+  sum_offsets(arguments.dtable_parts + int64_t{blockIdx.x} * pair_offsets(windows), tile,
+              kTablePitch, 64, 64, query_tile, key_tile, windows);
 }
 
 }  // namespace diffit::cuda

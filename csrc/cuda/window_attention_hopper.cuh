@@ -4,26 +4,32 @@
 // A block of threads serves one head and stays on its multiprocessor: the head's biases lie in its
 // shared memory, and it walks over problems, which are 128 queries of a window. Of its three
 // warpgroups one moves data: a warp each for keys and values, for queries, and for what else is
-// known of a problem. The other two have 64 queries each, whose scores, sums and q they keep in
-// registers. Steps of 128 keys follow one another without a break, from problem to problem: the
-// products with the keys of the next step begin in this one, as soon as registers are free.
+// known of a problem. The other two compute, for 64 queries each; a thread keeps its scores, sums
+// and part of q in registers. Halves of 64 keys follow one another without a break, from problem to
+// problem, and scores have two sets of registers: in the time of half n
 //
-//     step n    maximum of the scores(n), low half and high half of the keys
-//               P(n, low) = 2^(scores - maximum)
-//               start   scores(n + 1, low),  out += P(n, low) v
-//               P(n, high)                                           meanwhile
-//               start   scores(n + 1, high), out += P(n, high) v
+//     tensor cores    scores(n + 1) = biases + q k        out += P(n - 1) v
+//     the others      P(n) = 2^(factor scores(n) - reference), and its sum
+//                                                         maxima of scores(n + 1)
 //
-// so that the tensor cores have work while exponentials are computed, and the two warpgroups fill
-// each other's gaps. Scores start from the biases, divided by the scale, in the registers of the
-// sums: what is left for a score is a maximum, one multiply-add, the exponential, a sum and half a
-// rounding. Of 128 x 128 scores, in clocks of a multiprocessor: 1024 for exponentials (16 a clock),
-// about 950 to issue everything, and for products 512, 1024, about 1350, 1536 and 2048 for
-// head_dim 32, 64, 72, 96 and 128 (4096 multiply-adds a clock with 16 bits, half of them useful).
+// A row's reference is a maximum of its scores so far, and stays while it is not exceeded by more
+// than 8 (as an exponent of 2): P, up to 2^8, is as exact then, and neither a maximum over the row
+// nor a scaling of the sums is on the way from one half to the next, except where a problem begins.
+// Scores start from the biases, divided by the scale: for a score remain a maximum, one
+// multiply-add, the exponential, a sum and half a rounding.
 //
-// With windows of 256 tokens it is memory that bounds: 8 bytes per token and channel. Keys and
-// values therefore stay in shared memory for both blocks of queries of a window, where there is
-// work enough for all multiprocessors.
+// What bounds 128 queries x 128 keys, in clocks of a multiprocessor: 1024 for exponentials (16 a
+// clock). About 950 to issue the instructions, 4 a clock. For products 512, 1024, 1376, 1536, 2048
+// for head_dim 32, 64, 72, 96, 128 (4096 half-precision operations a clock; of 72, 80 in scores,
+// and if 8 columns cost as much as 28). For shared memory, 128 bytes a clock, 1250 at head_dim 72:
+// 320 for keys and 290 for values, which every warpgroup reads once, 384 for biases, 290 for what
+// arrives. From memory 8 bytes per token and channel: with windows of 256 tokens this is the
+// longest, 2000 clocks at head_dim 72 and 4.3 TB/s for 132 multiprocessors, so keys and values stay
+// for both blocks of queries of such a window, if there is work enough for all multiprocessors.
+//
+// Tiles are 128 keys since two or more fit for every head_dim beside queries, results and a table
+// of 32 x 32 windows; 64 queries for a warpgroup since sums, two sets of scores and of P, and q are
+// 208 registers at head_dim 128, of 232.
 #pragma once
 
 #include "cuda/hopper_biases.cuh"
@@ -38,6 +44,7 @@ namespace diffit::cuda {
 constexpr int kHopperThreads = 384;  // a warpgroup that moves data, then two that compute
 constexpr int kHopperTokens = 128;   // queries of a problem, and keys of a step
 constexpr int kHopperMaxStages = 4;
+constexpr int kHopperProblems = 3;  // known at a time: the one before, this one and the next
 
 // The problems of a head. An item is a window, or a block of queries of one; a block of threads
 // takes every workers-th, and its keys and values serve `reuse` problems, which are all blocks of
@@ -78,11 +85,11 @@ struct HopperShared {
   static constexpr int kOutBytes = (OutTile::kBytes + 1023) / 1024 * 1024;
   static constexpr int kZeros = Tile::kRest > 0 ? 64 * 16 : 0;
 
-  HopperProblem<D> problems[2];
+  HopperProblem<D> problems[kHopperProblems];
   // `full`: what was asked for has come. `empty`: all warps are done with it.
   uint64_t k_full[kHopperMaxStages], k_empty[kHopperMaxStages];
   uint64_t v_full[kHopperMaxStages], v_empty[kHopperMaxStages];
-  uint64_t q_full, q_empty, problem_full[2], problem_empty[2];
+  uint64_t q_full, q_empty, problem_full[kHopperProblems], problem_empty[kHopperProblems];
 
   static constexpr int bytes(int stages, int bias_bytes) {
     return (2 * stages + 1) * Tile::kBytes + 8 * kOutBytes + kZeros + int(sizeof(HopperShared)) +
@@ -190,7 +197,7 @@ __device__ __forceinline__ void describe_problems(const HopperForwardArguments& 
   HopperShared<D>& shared = *memory.shared;
   HopperStage stage;
   for (int item = worker; item < walk.items; item += walk.workers) {
-    for (int i = 0; i < walk.reuse; ++i, stage.advance(2)) {
+    for (int i = 0; i < walk.reuse; ++i, stage.advance(kHopperProblems)) {
       const HopperPlace place(arguments, item, i);
       HopperProblem<D>& problem = shared.problems[stage.index];
       barrier_wait(shared.problem_empty + stage.index, stage.parity ^ 1);

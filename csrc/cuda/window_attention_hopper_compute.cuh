@@ -17,9 +17,12 @@ __device__ __forceinline__ void take_queries(uint32_t (&q)[HopperTile<D, kHopper
     const int chunk = 2 * step + (half ? 0 : lane / 16);
     load_matrices(q[step], tile + Tile::chunk(row + lane % 16, chunk));
     if (half) q[step][2] = q[step][3] = 0;
-    if (!has_time) continue;
+  }
+  if (!has_time) return;
 #pragma unroll
-    for (int i = 0; i < (half ? 2 : 4); ++i) {
+  for (int step = 0; step < Tile::kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < (16 * step + 8 == D ? 2 : 4); ++i) {
       const float2 time =
           *reinterpret_cast<const float2*>(q_t + 16 * step + i / 2 * 8 + lane % 4 * 2);
       const float2 x = pair<E>(q[step][i]);
@@ -52,6 +55,7 @@ __device__ __forceinline__ void start_sums(HeadSums<D>& sums, const uint32_t (&p
 }
 
 __device__ __forceinline__ void take_maximum(float (&maximum)[2], const float (&scores)[32]) {
+  maximum[0] = scores[0], maximum[1] = scores[2];
 #pragma unroll
   for (int i = 0; i < 32; ++i) maximum[i / 2 % 2] = fmaxf(maximum[i / 2 % 2], scores[i]);
 }
@@ -107,6 +111,7 @@ __device__ __forceinline__ void finish_problem(const HopperForwardArguments& arg
   }
 }
 
+// All problems of the block, for a warpgroup's 64 queries of each.
 template <class E, int D, int W>
 __device__ __forceinline__ void attend(const HopperForwardArguments& arguments,
                                        const HopperMemory<D>& memory, int problems, int head) {
@@ -120,161 +125,166 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments,
   unsigned char* const out_tile = memory.out + warp * HopperShared<D>::kOutBytes;
   const float* const first_bias =
       Biases::start(memory.biases, a.window_height, token + lane / 4, lane % 4);
-
-  // Scores are q k + bias / scale; times `factor` they are exponents of 2.
-  const float factor = a.scale * kLog2e;
-  // A maximum is left as it is while it is not exceeded by more than 2^8: sums need not be scaled
-  // then, and P, up to 2^8, is as exact.
+  const float factor = a.scale * kLog2e;  // scores, which are q k + bias / scale, to exponents of 2
   const float slack = 8 / factor;
 
-  float low[32], high[32];  // scores of 64 keys each
-  uint32_t p_low[4][4], p_high[4][4], q[Tile::kSteps][4];
-  HeadSums<D> sums;
-  float maximum[2], subtrahend[2], total[2], scaling[2];
-  float last_subtrahend[2], last_total[2];  // of the problem before
-  bool grown;
+  float low[32], high[32];  // scores of 64 keys
+  uint32_t p_low[4][4], p_high[4][4] = {}, q[Tile::kSteps][4];
+  HeadSums<D> sums = {};
+  float largest[2] = {};                        // of the scores that came last, in this thread
+  float reference[2] = {}, subtrahend[2] = {};  // as a score, and as an exponent
+  float total[2] = {}, scaling[2] = {};         // of P; of earlier sums, if the reference has grown
+  float done_total[2] = {}, done_subtrahend[2] = {};  // of the problem before
+  bool grown = false;
 
-  HopperStage now, next, first_of_item;  // of keys and values
-  HopperStage problem, next_problem;
+  HopperStage before, now, next, first_of_item;  // of keys and values
+  HopperStage problem_before, problem, next_problem;
   int q_parity = 0, reused = 0, tile = 0;
-  int v_done = -1;  // values of the step before, if nobody needs them any more
+  bool before_is_done = false;
+
   const auto release = [&](uint64_t* empty) {
     __syncwarp();
     if (lane == 0) barrier_arrive(empty);
   };
-  // Returns where the biases of the problem's first keys are.
-  const auto take_problem = [&] {
+  const auto await_biases = [&] {
     barrier_wait(shared.problem_full + next_problem.index, next_problem.parity);
+    return first_bias + shared.problems[next_problem.index].block * Biases::kTile;
+  };
+  const auto await_queries = [&] {
     barrier_wait(&shared.q_full, q_parity);
-    const HopperProblem<D>& taken = shared.problems[next_problem.index];
-    take_queries<E, D>(q, memory.q, taken.q_t, has_time, token, lane);
+    take_queries<E, D>(q, memory.q, shared.problems[next_problem.index].q_t, has_time, token, lane);
     release(&shared.q_empty);
-    next_problem.advance(2);
+    next_problem.advance(kHopperProblems);
     q_parity ^= 1;
-    return first_bias + taken.block * Biases::kTile;
   };
-  const auto load_scores = [&](float (&scores)[32], const float* biases) {
-    Biases::load(scores, biases);
-    hold(scores);
-  };
-  // Maxima of the scores that are under way. Waits follow the products without a branch between
-  // them: over one, the compiler loses count of what is under way, and makes the products wait for
-  // each other.
-  const auto await_scores = [&](float (&largest)[2]) {
-    largest[0] = largest[1] = -INFINITY;
-    wgmma_wait<3>();
-    hold(low);
-    take_maximum(largest, low);
-    wgmma_wait<1>();
-    hold(high);
-    hold(q);
-    hold(p_low);
-    take_maximum(largest, high);
-  };
-  // The row's maximum, and the first half of P.
-  const auto begin_step = [&](float (&largest)[2]) {
-    const bool first = tile == 0;
-    if (reused + 1 == walk.reuse) release(shared.k_empty + now.index);
-    grown = false;
+  // Takes a new reference for the rows that need it; all of them where a problem begins.
+  const auto refer = [&](bool first) {
+    const bool exceeded = largest[0] > reference[0] + slack || largest[1] > reference[1] + slack;
+    grown = first || __any_sync(0xffffffffu, exceeded);
+    if (!grown) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      largest[i] = row_max(largest[i]);
-      const float old = first ? -INFINITY : maximum[i];
-      const bool exceeded = largest[i] > old + slack;
-      maximum[i] = exceeded ? largest[i] : old;
-      grown = grown || exceeded;
-      subtrahend[i] = maximum[i] == -INFINITY ? 0.f : maximum[i] * factor;  // not -inf - -inf
-      scaling[i] = exp2_approx(fmaf(old, factor, -subtrahend[i]));
+      if (first) done_total[i] = total[i], done_subtrahend[i] = subtrahend[i];
+      const float old = first ? -INFINITY : reference[i], row = row_max(largest[i]);
+      const bool grows = row > old + slack;
+      reference[i] = grows ? row : old;
+      subtrahend[i] = reference[i] == -INFINITY ? 0.f : reference[i] * factor;  // not -inf - -inf
+      scaling[i] = grows ? exp2_approx(fmaf(old, factor, -subtrahend[i])) : 1.f;
       total[i] = first ? 0.f : total[i] * scaling[i];
     }
-    take_exponentials<E>(p_low, total, low, factor, subtrahend);
+  };
+  // Also where nothing is known of how far they are: over branches, the compiler loses count of
+  // products under way, and would make all of them wait for each other.
+  const auto finish_products = [&](uint32_t (&last_p)[4][4]) {
+    wgmma_wait<0>();
+    hold(last_p);
+    sums.hold_all();
+  };
+  // Starts the scores of the next half, and the sums of the half before; makes P of this half, and
+  // takes the maxima of the next one. The wait for values, be they there long since, is a border
+  // that the compiler moves no instruction over: the scores' products are all issued before it, and
+  // the exponentials come after it, between the sums' products.
+  const auto half = [&](float (&scores)[32], uint32_t (&p)[4][4], float (&next_scores)[32],
+                        uint32_t (&last_p)[4][4], const auto& keys, const auto& values,
+                        uint64_t* values_full, int parity, bool add, const float* biases) {
+    hold(next_scores);
+    hold(q);
+    wgmma_fence();
+    start_scores<E, D>(next_scores, q, keys);
+    barrier_wait(values_full, parity);
+    hold(last_p);
+    sums.hold_all();
+    wgmma_fence();
+    start_sums<E, D>(sums, last_p, values, add);
+    take_exponentials<E>(p, total, scores, factor, subtrahend);
+    Biases::load(scores, biases);  // of the half after the next
+    wgmma_wait<1>();
+    hold(next_scores);
+    hold(q);
+    take_maximum(largest, next_scores);
+    hold(largest);
+  };
+  const auto rescale = [&](uint32_t (&last_p)[4][4]) {
+    finish_products(last_p);
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums.at(n, i) *= scaling[i / 2];
+    }
+  };
+  const auto finish = [&](const HopperStage& of) {
+    finish_products(p_high);
+    finish_problem<E, D, W>(arguments, sums, done_total, done_subtrahend, shared.problems[of.index],
+                            shared.problem_empty + of.index, out_tile, head, token, lane);
   };
 
-  const float* biases = take_problem();
+  const float* biases = await_biases();
+  await_queries();
   barrier_wait(shared.k_full, 0);
-  load_scores(low, biases);
-  load_scores(high, biases - Biases::kTile / 2);
+  Biases::load(low, biases);
+  hold(low);
   hold(q);
   wgmma_fence();
   start_scores<E, D>(low, q, typename Tile::Channels(memory.k, 0, memory.zeros));
-  wgmma_commit();
-  start_scores<E, D>(high, q, typename Tile::Channels(memory.k, 64, memory.zeros));
-  wgmma_commit();
-  float largest[2];
-  await_scores(largest);
-  begin_step(largest);
+  wgmma_wait<0>();
+  hold(low);
+  take_maximum(largest, low);
+  refer(true);
+  Biases::load(high, biases - Biases::kTile / 2);
 
-  for (int p = 0;;) {
+  for (int p = 0; p < problems;) {
     const bool first = tile == 0, last = tile + 1 == walk.blocks;
     const bool last_use = reused + 1 == walk.reuse, more = !last || p + 1 < problems;
 
-    // The sums of the step before are complete.
-    wgmma_wait<0>();
-    hold(p_high);
-    sums.hold_all();
-    if (v_done >= 0) release(shared.v_empty + v_done);
-    v_done = last_use ? now.index : -1;
+    // The low half. Values before the first step, and keys after the last one, are whatever lies
+    // there: nobody takes what comes of them.
+    const bool low_grown = grown;
+    biases = last && more ? await_biases() : biases - Biases::kTile;
+    finish_products(p_low);
+    half(low, p_low, high, p_high,
+         typename Tile::Channels(memory.k + now.index * Tile::kBytes, 64, memory.zeros),
+         typename Tile::Tokens(memory.v + before.index * Tile::kBytes, 64),
+         shared.k_full + now.index, now.parity, true, biases);
+    if (last_use) release(shared.k_empty + now.index);
     if (first) {
-      if (p > 0) {
-        const int of = problem.index ^ 1;
-        finish_problem<E, D, W>(arguments, sums, last_total, last_subtrahend, shared.problems[of],
-                                shared.problem_empty + of, out_tile, head, token, lane);
-      }
-    } else if (__any_sync(0xffffffffu, grown)) {
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums.at(n, i) *= scaling[i / 2];
-      }
+      if (p > 0) finish(problem_before);
+    } else if (low_grown) {
+      rescale(p_high);
     }
+    refer(false);
 
-    // Low halves: scores of the next step, if only of stale keys after the last one.
+    // The high half.
+    const bool high_grown = grown;
     next.advance(walk.stages);
-    biases -= Biases::kTile;
     if (last && !last_use) next = first_of_item;
-    if (last && more) biases = take_problem();
+    if (last && more) await_queries();
     if (more) barrier_wait(shared.k_full + next.index, next.parity);
-    barrier_wait(shared.v_full + now.index, now.parity);
-    const unsigned char* const k_tile = memory.k + next.index * Tile::kBytes;
-    const unsigned char* const v_tile = memory.v + now.index * Tile::kBytes;
-    load_scores(low, biases);
-    hold(q);
-    hold(p_low);
-    sums.hold_all();
-    wgmma_fence();
-    start_scores<E, D>(low, q, typename Tile::Channels(k_tile, 0, memory.zeros));
-    start_sums<E, D>(sums, p_low, typename Tile::Tokens(v_tile, 0), !first);
+    finish_products(p_high);
+    if (before_is_done) release(shared.v_empty + before.index);
+    half(high, p_high, low, p_low,
+         typename Tile::Channels(memory.k + next.index * Tile::kBytes, 0, memory.zeros),
+         typename Tile::Tokens(memory.v + now.index * Tile::kBytes, 0), shared.v_full + now.index,
+         now.parity, !first, biases - Biases::kTile / 2);
+    if (high_grown) rescale(p_low);
+    refer(last);
 
-    // High halves.
-    take_exponentials<E>(p_high, total, high, factor, subtrahend);
-    load_scores(high, biases - Biases::kTile / 2);
-    hold(p_high);
-    wgmma_fence();
-    start_scores<E, D>(high, q, typename Tile::Channels(k_tile, 64, memory.zeros));
-    start_sums<E, D>(sums, p_high, typename Tile::Tokens(v_tile, 64), true);
-
-    await_scores(largest);
+    before = now;
+    before_is_done = last_use;
+    now = next;
+    tile = last ? 0 : tile + 1;
     if (last) {
       p += 1;
-      problem.advance(2);
+      problem_before = problem;
+      problem.advance(kHopperProblems);
       reused = last_use ? 0 : reused + 1;
       if (last_use) first_of_item = next;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) last_total[i] = total[i], last_subtrahend[i] = subtrahend[i];
     }
-    if (!more) break;
-    tile = last ? 0 : tile + 1;
-    now = next;
-    begin_step(largest);
   }
-
-  wgmma_wait<0>();
-  hold(low);
-  hold(high);
-  sums.hold_all();
-  const int of = problem.index ^ 1;
-  finish_problem<E, D, W>(arguments, sums, last_total, last_subtrahend, shared.problems[of],
-                          shared.problem_empty + of, out_tile, head, token, lane);
+  finish_products(p_low);
+  wgmma_fence();
+  start_sums<E, D>(sums, p_high, typename Tile::Tokens(memory.v + before.index * Tile::kBytes, 64),
+                   true);
+  finish(problem_before);
   if (lane == 0) wait_stores_read();
 }
 
@@ -300,7 +310,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) window_attention_forward_ho
     }
     barrier_init(&shared.q_full, 1);
     barrier_init(&shared.q_empty, 8);
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kHopperProblems; ++i) {
       barrier_init(shared.problem_full + i, 1);
       barrier_init(shared.problem_empty + i, 8);
     }
@@ -309,11 +319,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1) window_attention_forward_ho
   __syncthreads();
 
   if (warpgroup == 0) {
-    give_registers<40>();
+    give_registers<40>();  // 168 a thread to begin with: 128 (168 - 40) = 256 (232 - 168)
     const int warp = threadIdx.x / 32;
-    if (warp == 0 && threadIdx.x % 32 == 0)
-      load_keys_and_values<D>(arguments, memory, worker, head);
-    if (warp == 1 && threadIdx.x % 32 == 0) load_queries<D>(arguments, memory, worker, head);
+    const bool one = threadIdx.x % 32 == 0;
+    if (warp == 0 && one) load_keys_and_values<D>(arguments, memory, worker, head);
+    if (warp == 1 && one) load_queries<D>(arguments, memory, worker, head);
     if (warp == 2) describe_problems<D>(arguments, memory, worker, head);
   } else {
     take_registers<232>();

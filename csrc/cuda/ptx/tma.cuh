@@ -29,7 +29,17 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, uint64_
       : "memory");
 }
 
-// One thread: the same box, from shared memory to the tensor. What was stored to shared memory
+// One thread: so many bytes on end, likewise. These, and both addresses, are multiples of 16.
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes,
+                                           uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// One thread: a box, from shared memory to the tensor. What was stored to shared memory
 // before must have been fenced by fence_async_proxy() in the threads that did.
 __device__ __forceinline__ void store_box(const TensorMap& map, const void* from, int c, int x,
                                           int y, int b) {

@@ -1,58 +1,27 @@
-"""adaln on a CPU, in C++: csrc/cpu/adaln.h and adaln_backward.h."""
-
-import torch
-from torch import Tensor
+"""adaln in compiled kernels: C++ on a CPU (native_cpu.py), CUDA C++ on a GPU (native_cuda.py)."""
 
 from diffit_kernels import native_library
+from diffit_kernels.ops.adaln import native_cpu, native_cuda
+
+DEVICES = ("cpu", "cuda")
 
 
-def can_run(x, y, gate, shift, scale, weight, bias, eps) -> str | None:
+def can_run(x, *arguments) -> str | None:
     """Why these kernels cannot take the arguments of the op, or None."""
-    return native_library.refusal(x, y, gate, shift, scale, weight, bias)
+    return _kernels(x).can_run(x, *arguments)
 
 
-def fake(x, y, gate, shift, scale, weight, bias, eps):
-    residual = x.new_empty(0 if y is None else x.shape)
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), residual, mean, rstd
+def fake(x, *arguments):
+    return _kernels(x).fake(x, *arguments)
 
 
-def forward(x, y, gate, shift, scale, weight, bias, eps):
-    """One pass: x and y are read once, out and the new x are written once."""
-    results = fake(x, y, None, None, None, None, None, eps)
-    if x.numel() > 0:
-        x, y, weight, bias = (_contiguous(t) for t in (x, y, weight, bias))
-        modulations = (_rows(t, x.shape[1]) for t in (gate, shift, scale))
-        native_library.ops().adaln_forward(x, y, *modulations, weight, bias, eps, *results)
-    return results
+def forward(x, *arguments):
+    return _kernels(x).forward(x, *arguments)
 
 
-def backward(
-    grad_out, grad_residual, residual, y, gate, shift, scale, weight, bias, mean, rstd, eps
-):
-    """One pass, and another over its tasks' sums if any gradient is a sum over tokens."""
-    new = torch.zeros if residual.numel() == 0 else torch.empty  # sums over nothing are zero
-    grads = tuple(
-        residual.new_empty(0) if t is None else new(t.shape, dtype=t.dtype)
-        for t in (residual, y, gate, shift, scale, weight, bias)
-    )
-    if residual.numel() > 0:
-        grad_out, grad_residual, residual, y, weight, bias = (
-            _contiguous(t) for t in (grad_out, grad_residual, residual, y, weight, bias)
-        )
-        modulations = (_rows(t, residual.shape[1]) for t in (gate, shift, scale))
-        native_library.ops().adaln_backward(
-            *(grad_out, grad_residual, residual, y, *modulations, weight, bias, mean, rstd, *grads)
-        )
-    return grads
+def backward(grad_out, *arguments):
+    return _kernels(grad_out).backward(grad_out, *arguments)
 
 
-def _rows(modulation: Tensor | None, tokens: int) -> Tensor | None:
-    """A row per sample may be a slice of a wider one, as chunks of a projection are."""
-    if modulation is None or (modulation.shape[1] != tokens and modulation.stride(-1) == 1):
-        return modulation
-    return modulation.contiguous()
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _kernels(tensor):
+    return native_cuda if native_library.on_cuda(tensor) else native_cpu

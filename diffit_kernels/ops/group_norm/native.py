@@ -7,7 +7,7 @@ from diffit_kernels import native_library
 
 def can_run(x, weight, bias, num_groups, eps) -> str | None:
     """Why these kernels cannot take the arguments of the op, or None."""
-    return native_library.refusal(x, weight, bias)
+    return native_library.CPU.refusal(x, weight, bias)
 
 
 def forward(x, weight, bias, num_groups, eps):
@@ -17,7 +17,7 @@ def forward(x, weight, bias, num_groups, eps):
     mean, rstd = (new(x.shape[0], num_groups) for _ in range(2))
     out = torch.empty_like(x)
     if x.numel() > 0:
-        native_library.ops().group_norm_forward(x, weight, bias, eps, out, mean, rstd)
+        native_library.CPU.ops().group_norm_forward(x, weight, bias, eps, out, mean, rstd)
     return out, mean, rstd
 
 
@@ -29,5 +29,5 @@ def backward(grad_out, x, weight, bias, mean, rstd, num_groups):
     new = torch.zeros_like if x.numel() == 0 else torch.empty_like  # sums over nothing are zero
     grads = tuple(x.new_empty(0) if t is None else new(t) for t in (x, weight, bias))
     if x.numel() > 0:
-        native_library.ops().group_norm_backward(grad_out, x, weight, bias, mean, rstd, *grads)
+        native_library.CPU.ops().group_norm_backward(grad_out, x, weight, bias, mean, rstd, *grads)
     return grads

@@ -6,7 +6,7 @@ from diffit_kernels.ops import native_products
 
 def can_run(x, weight, bias) -> str | None:
     """Why these kernels cannot take the arguments of the op, or None."""
-    return native_library.refusal(x, weight, bias)
+    return native_library.CPU.refusal(x, weight, bias)
 
 
 def forward(x, weight, bias):

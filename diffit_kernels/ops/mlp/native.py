@@ -8,14 +8,14 @@ from diffit_kernels.ops.native_products import linear, product, sum_over_rows
 
 def can_run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate, keep_hidden) -> str | None:
     """Why these kernels cannot take the arguments of the op, or None."""
-    return native_library.refusal(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return native_library.CPU.refusal(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
 def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate, keep_hidden):
     """Between the products one pass over the hidden layer, in place unless it is kept."""
     hidden = linear(x.flatten(0, 1), fc1_weight, fc1_bias)
     activation = torch.empty_like(hidden) if keep_hidden else hidden
-    native_library.ops().gelu_forward(hidden, activation, approximate == "none")
+    native_library.CPU.ops().gelu_forward(hidden, activation, approximate == "none")
     out = linear(activation, fc2_weight, fc2_bias).unflatten(0, x.shape[:2])
     return out, hidden.unflatten(0, x.shape[:2]) if keep_hidden else x.new_empty(0)
 
@@ -32,7 +32,7 @@ def backward(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ap
     grad = product(dout, fc2_weight.to(x.dtype))
     activation = torch.empty_like(h) if kept else h
     dfc1_bias = h.new_empty(0) if fc1_bias is None else torch.zeros_like(fc1_bias)
-    native_library.ops().gelu_backward(h, activation, grad, dfc1_bias, approximate == "none")
+    native_library.CPU.ops().gelu_backward(h, activation, grad, dfc1_bias, approximate == "none")
     dfc2_weight = sum_over_rows(dout, activation).to(fc2_weight.dtype)
     del activation, h  # before the products that come need room
     dfc1_weight = sum_over_rows(grad, rows).to(fc1_weight.dtype)

@@ -16,7 +16,7 @@ __all__ = ["backward", "can_run", "forward", "many_backward", "many_can_run", "m
 
 def can_run(x, weight, bias, temb) -> str | None:
     """Why this backend cannot take the arguments of the op, or None."""
-    return native_library.refusal(x, weight, bias, temb)
+    return native_library.CPU.refusal(x, weight, bias, temb)
 
 
 def forward(x, weight, bias, temb):
@@ -26,7 +26,7 @@ def forward(x, weight, bias, temb):
 
 def many_can_run(temb, weights, biases) -> str | None:
     """Why this backend cannot take the arguments of the op, or None."""
-    return native_library.refusal(temb, *weights, *biases)
+    return native_library.CPU.refusal(temb, *weights, *biases)
 
 
 def many_forward(temb, weights, biases):

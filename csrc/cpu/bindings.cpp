@@ -1,5 +1,6 @@
-// Every compiled op, and the one file that includes torch. The ops take contiguous tensors of the
-// shapes that diffit_kernels/ops/<stage>/native.py makes, and write into those it allocated.
+// Every op of the CPU library, and its one file that includes torch. The ops take contiguous
+// tensors of the shapes that the native backend in diffit_kernels/ops/<stage>/ makes, and write
+// into those it allocated.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
