@@ -126,7 +126,7 @@ def test_the_largest_window(case, family, device, monkeypatch):
 def test_which_family_serves(case, family, device):
     (qkv, table, temb), shape = make_case(case, device)
     serves = native_library.CUDA.ops().window_attention_hopper_serves(
-        qkv.bfloat16(), temb, table, shape["num_heads"], shape["window_size"]
+        qkv.bfloat16(), temb, table, shape["num_heads"], shape["window_size"], 0.1
     )
     assert serves == (case in SERVED_BY_HOPPER)
 
@@ -145,6 +145,15 @@ def test_table_and_time_token_of_any_number(case, family, device):
         assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves)
         for leaf, grad in zip(leaves[1:], expected[2:], strict=True):
             assert_same([leaf.grad.bfloat16()], [grad])
+
+
+@pytest.mark.parametrize("scale", [0.7, 1e-9, 0.0, -0.3])
+@pytest.mark.parametrize("case", ["windows 4x4", "9x9, d 72", "8x16, d 72"])
+def test_any_scale(case, scale, device):
+    """By the family that is chosen: Hopper's divides by the scale, and leaves some to the other."""
+    inputs, shape = make_case(case, device)
+    shape["scale"] = scale
+    assert_parity(fused(shape), lambda *args: literal(*args, **shape), inputs, torch.bfloat16)
 
 
 @pytest.mark.parametrize("scale", [10, 100])
@@ -266,7 +275,9 @@ def emulation_only(emulated):
 
 @pytest.mark.parametrize("order", emulation.ORDERS[1:])
 @of_both_families(WALKS)
-def test_no_order_of_threads_changes_a_bit(case, family, order, device, emulation_only, monkeypatch):
+def test_no_order_of_threads_changes_a_bit(
+    case, family, order, device, emulation_only, monkeypatch
+):
     """A missing barrier, or a copy that is not waited for, shows in one of them."""
     inputs, shape = make_case(case, device)
     expected = results(inputs, shape)
@@ -275,7 +286,8 @@ def test_no_order_of_threads_changes_a_bit(case, family, order, device, emulatio
 
 
 @pytest.mark.parametrize(
-    "name, value", [("MULTIPROCESSORS", "1"), ("MULTIPROCESSORS", "50"), ("SHARED_MEMORY", "101376")]
+    "name, value",
+    [("MULTIPROCESSORS", "1"), ("MULTIPROCESSORS", "50"), ("SHARED_MEMORY", "101376")],
 )
 @of_both_families(WALKS)
 def test_no_size_of_the_device_changes_a_bit(

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
@@ -20,7 +21,17 @@
 namespace diffit::cuda {
 
 struct AdaLNForward : AdaLN {
-  int team;  // threads of a row
+  TeamSize team;  // for a row; or for R, one after the other
+  int units;      // of R rows of a sample
+  int steps;      // of a thread over a row, if K is 0
+};
+
+// With K = 0 as many steps as it takes, and the thread's part of the row in shared memory, where
+// its parts are a block's threads apart: for rows that cannot be read in vectors.
+template <class X, int V>
+struct SharedRow {
+  Vector<X, V>* part;
+  __device__ __forceinline__ Vector<X, V>& operator[](int k) const { return part[k * blockDim.x]; }
 };
 
 // Where the modulation of a token begins.
@@ -29,22 +40,29 @@ __device__ __forceinline__ int64_t row_of(const Modulation& modulation, int samp
 }
 
 // x + gate · y, rounded as it is written to `residual`: the backward normalises the same. `begin`
-// and `gate` are where the thread's numbers begin, `count` is how many there are from there on.
-template <class X, class Y, int V, int K, int kStep>
-__device__ __forceinline__ void add_branch(Vector<X, V> (&x)[K], const AdaLN& a, int64_t begin,
+// and `gate_begin` are where the thread's numbers begin, `count` is how many columns there are from
+// there on.
+template <class X, class Y, int V, int K, int kStep, class Row>
+__device__ __forceinline__ void add_branch(Row& x, const AdaLN& a, int steps, int64_t begin,
                                            int64_t gate_begin, int count) {
   const Y* from = static_cast<const Y*>(a.y.data) + begin;
-  constexpr bool kAhead = sizeof(Y) <= sizeof(X);  // there are registers for all of it
-  Vector<Y, V> y[K];
+  constexpr bool kAhead = K > 0 && sizeof(Y) <= sizeof(X);  // there are registers for all of it
+  Vector<Y, V> y[kAhead ? K : 1];
+  if constexpr (kAhead) {
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (kAhead && k * kStep < count) y[k] = load<Y, V>(from + k * kStep);
+    for (int k = 0; k < K; ++k) {
+      if (k * kStep < count) y[k] = load<Y, V>(from + k * kStep);
+    }
   }
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
+  for (int k = 0; k < steps; ++k) {
     if (k * kStep >= count) continue;
     float sum[V], branch[V];
-    to_floats<Y>(branch, kAhead ? y[k] : load<Y, V>(from + k * kStep));
+    if constexpr (kAhead) {
+      to_floats<Y>(branch, y[k]);
+    } else {
+      to_floats<Y>(branch, load<Y, V>(from + k * kStep));
+    }
     if (a.gate.data) {
       float gate[V];
       read(gate, a.gate.data, a.gate.number, gate_begin + k * kStep);
@@ -59,30 +77,24 @@ __device__ __forceinline__ void add_branch(Vector<X, V> (&x)[K], const AdaLN& a,
   }
 }
 
-// V numbers of x̂ with the affine parameters and the modulation that are given.
+// The factor weight (1 + scale) of x̂, and what is added, bias (1 + scale) + shift.
 template <int V>
-__device__ __forceinline__ void modulate(float (&value)[V], const AdaLN& a, int c, int64_t scale_at,
-                                         int64_t shift_at) {
+__device__ __forceinline__ void read_affine(float (&factor)[V], float (&offset)[V], const AdaLN& a,
+                                            int c, int64_t scale_at, int64_t shift_at) {
   float by[V];
-  if (a.weight.data) {
-    read(by, a.weight.data, a.weight.number, c);
 #pragma unroll
-    for (int i = 0; i < V; ++i) value[i] *= by[i];
-  }
-  if (a.bias.data) {
-    read(by, a.bias.data, a.bias.number, c);
-#pragma unroll
-    for (int i = 0; i < V; ++i) value[i] += by[i];
-  }
+  for (int i = 0; i < V; ++i) factor[i] = 1, offset[i] = 0;
+  if (a.weight.data) read(factor, a.weight.data, a.weight.number, c);
+  if (a.bias.data) read(offset, a.bias.data, a.bias.number, c);
   if (a.scale.data) {
     read(by, a.scale.data, a.scale.number, scale_at);
 #pragma unroll
-    for (int i = 0; i < V; ++i) value[i] *= 1 + by[i];
+    for (int i = 0; i < V; ++i) factor[i] *= 1 + by[i], offset[i] *= 1 + by[i];
   }
   if (a.shift.data) {
     read(by, a.shift.data, a.shift.number, shift_at);
 #pragma unroll
-    for (int i = 0; i < V; ++i) value[i] += by[i];
+    for (int i = 0; i < V; ++i) offset[i] += by[i];
   }
 }
 
@@ -97,72 +109,120 @@ __device__ __forceinline__ void stay_packed(Vector<X, V> (&x)[K]) {
     }
   }
 }
+template <class X, int V>
+__device__ __forceinline__ void stay_packed(SharedRow<X, V>&) {}
 
-constexpr int kForwardThreads = 448, kScalarThreads = 512;  // of a block, at most
+// Several rows' sums at once take teams of no more than a warp.
+template <int R>
+__device__ __forceinline__ void sum_rows(float (&values)[R], const Team& team, float* room) {
+  if constexpr (R > 1) {
+    team.sum_lanes(values);
+  } else {
+    values[0] = team.sum(values[0], room);
+  }
+}
 
-// Two blocks of 448 threads leave each 72 registers: 28 warps in all, each with a row of its own on
-// its way. With 1152 channels of 2 bytes these are 64 KB, or 129 KB with y. Rows of float32 take
-// 128 registers, 16 warps, and as many bytes.
-template <class X, int V, int K, int S>
-__global__ void __launch_bounds__(V == 1 ? kScalarThreads : kForwardThreads, V == 8 ? 2 : 1)
+// The most threads of a block, and how many blocks of so many a multiprocessor is to have. With R =
+// 2 there are 16 warps, which have 32 rows on their way: with 1152 channels of 2 bytes 74 KB, or
+// 111 KB with y. What bounds such rows is how many instructions they take, so two of them share
+// what is read for a column. Rows of float32 take twice the time: 16 warps, a row each, are 74 KB.
+template <int V, int R>
+struct ForwardBlock {
+  static constexpr int kThreads = R == 1 ? 448 : 128;
+  static constexpr int kBlocks = R == 1 ? 1 : 4;
+};
+
+template <class X, int V, int K, int S, int R>
+__global__ void __launch_bounds__(ForwardBlock<V, R>::kThreads, ForwardBlock<V, R>::kBlocks)
     adaln_forward_kernel(const __grid_constant__ AdaLNForward a) {
   constexpr int kStep = S * V;
-  float* room = reinterpret_cast<float*>(shared_memory());
+  const int steps = K > 0 ? K : a.steps;
+  float* rooms = reinterpret_cast<float*>(shared_memory());
   const Team team(a.team);
-  const int row = blockIdx.x * team.teams() + team.index;
-  const int first = (team.rank / S * (S * K) + team.rank % S) * V;
-  const bool inside = row < a.samples * a.tokens;
-  const int count = inside ? a.channels - first : 0;
-  const int sample = row / a.tokens, token = row - sample * a.tokens;
-  const int64_t begin = int64_t(row) * a.channels + first;
+  const int unit = blockIdx.x * team.teams + team.index;
+  const int of_sample = (a.tokens + R - 1) / R;
+  const int sample = a.samples == 1 ? 0 : unit / of_sample;
+  const int token = (unit - sample * of_sample) * R;
+  const int rows = unit < a.units ? min(R, a.tokens - token) : 0;
+  const int first = (team.rank / S * (S * steps) + team.rank % S) * V, columns = a.channels - first;
+  const int64_t row = int64_t(sample) * a.tokens + token, begin = row * a.channels + first;
 
-  Vector<X, V> x[K];
+  std::conditional_t<(K > 0), Vector<X, V>[K > 0 ? K : 1], SharedRow<X, V>> x[R];
+  if constexpr (K == 0)
+    x[0] = {reinterpret_cast<Vector<X, V>*>(rooms + 2 * Team::kRoom) + threadIdx.x};
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    x[k] = {};
-    if (k * kStep < count) x[k] = load<X, V>(static_cast<const X*>(a.x) + begin + k * kStep);
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int k = 0; k < steps; ++k) {
+      x[r][k] = {};
+      if (r >= rows || k * kStep >= columns) continue;
+      x[r][k] = load<X, V>(static_cast<const X*>(a.x) + begin + r * a.channels + k * kStep);
+    }
   }
   if (a.y.data) {
-    const int64_t gate_begin = row_of(a.gate, sample, token) + first;
     with_number(a.y.number, [&](auto number) {
-      add_branch<X, decltype(number), V, K, kStep>(x, a, begin, gate_begin, count);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        add_branch<X, decltype(number), V, K, kStep>(x[r], a, steps, begin + r * a.channels,
+                                                     row_of(a.gate, sample, token + r) + first,
+                                                     r < rows ? columns : 0);
+      }
     });
   }
 
-  float value[V], total = 0;
+  float value[V], mean[R] = {}, rstd[R] = {};
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    to_floats<X>(value, x[k]);
+  for (int r = 0; r < R; ++r) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) total += value[i];
+    for (int k = 0; k < steps; ++k) {
+      to_floats<X>(value, x[r][k]);
+#pragma unroll
+      for (int i = 0; i < V; ++i) mean[r] += value[i];
+    }
+    stay_packed(x[r]);
   }
-  const float mean = team.sum(total, room) / a.channels;
-  stay_packed(x);
-  total = 0;
+  sum_rows(mean, team, rooms);
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (k * kStep >= count) continue;
-    to_floats<X>(value, x[k]);
+  for (int r = 0; r < R; ++r) {
+    mean[r] /= a.channels;
 #pragma unroll
-    for (int i = 0; i < V; ++i) total += (value[i] - mean) * (value[i] - mean);
+    for (int k = 0; k < steps; ++k) {
+      if (k * kStep >= columns) continue;
+      to_floats<X>(value, x[r][k]);
+#pragma unroll
+      for (int i = 0; i < V; ++i) rstd[r] += (value[i] - mean[r]) * (value[i] - mean[r]);
+    }
+    stay_packed(x[r]);
   }
-  total = team.sum(total, room + Team::kRoom);
-  const float rstd = rsqrtf(total / a.channels + a.eps);
-  if (!inside) return;
-  stay_packed(x);
+  sum_rows(rstd, team, rooms + Team::kRoom);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    rstd[r] = rsqrtf(rstd[r] / a.channels + a.eps);
+    if (team.rank == 0 && r < rows) a.mean[row + r] = mean[r], a.rstd[row + r] = rstd[r];
+  }
 
   const int64_t scale_begin = row_of(a.scale, sample, token) + first;
   const int64_t shift_begin = row_of(a.shift, sample, token) + first;
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (k * kStep >= count) continue;
-    to_floats<X>(value, x[k]);
+  for (int k = 0; k < steps; ++k) {
+    if (k * kStep >= columns) continue;
+    float factor[V], offset[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) value[i] = (value[i] - mean) * rstd;
-    modulate(value, a, first + k * kStep, scale_begin + k * kStep, shift_begin + k * kStep);
-    store(static_cast<X*>(a.out) + begin + k * kStep, from_floats<X>(value));
+    for (int r = 0; r < R; ++r) {
+      if (r >= rows) continue;
+      if (r == 0 || a.scale.token_stride || a.shift.token_stride) {
+        read_affine(factor, offset, a, first + k * kStep,
+                    scale_begin + r * a.scale.token_stride + k * kStep,
+                    shift_begin + r * a.shift.token_stride + k * kStep);
+      }
+      to_floats<X>(value, x[r][k]);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        value[i] = (value[i] - mean[r]) * rstd[r] * factor[i] + offset[i];
+      }
+      store(static_cast<X*>(a.out) + begin + r * a.channels + k * kStep, from_floats<X>(value));
+    }
   }
-  if (team.rank == 0) a.mean[row] = mean, a.rstd[row] = rstd;
 }
 
 }  // namespace diffit::cuda

@@ -38,10 +38,10 @@ Plan plan(const AdaLN& given) {
   // Only 16-byte vectors of 2-byte numbers leave a thread one stretch of columns, so that a team
   // may be less than a warp.
   const bool narrow = p.vectors && bytes(a.number) == 2 && threads <= 32;
-  p.a.team = narrow ? power_of_two(threads) : round_up(threads, 32);
-  p.general = p.tiles > 1 || p.a.team > kLeanThreads || a.gate.token_stride ||
+  p.a.team = TeamSize::of(narrow ? power_of_two(threads) : round_up(threads, 32));
+  p.general = p.tiles > 1 || p.a.team.threads > kLeanThreads || a.gate.token_stride ||
               a.shift.token_stride || a.scale.token_stride;
-  p.a.chunks = chunks(a, Team::block_threads(p.a.team) / p.a.team, p.tiles);
+  p.a.chunks = chunks(a, p.a.team.teams(p.a.team.block_threads()), p.tiles);
 
   const int64_t row = a.channels;
   const bool affine = a.dweight || a.dbias, shift = a.shift.grad && per_sample(a.shift);
@@ -70,7 +70,7 @@ Plan plan(const AdaLN& given) {
 // 110 KB on their way.
 template <class X, int V, int K>
 int shared_bytes(Plan& p, int threads) {
-  const int step = threads / p.a.team;
+  const int step = p.a.team.teams(threads);
   const int statistics = 8 * round_up(ceil_divide(p.a.tokens, p.a.chunks), step);
   const int stage = Ahead<X, V, K, 1>::stage_bytes(p.a);
   p.a.ahead_offset = kRooms + round_up(statistics, 16);
@@ -85,7 +85,7 @@ int shared_bytes(Plan& p, int threads) {
 
 template <class X, int V, int K>
 void backward_rows(Plan& p, void* stream) {
-  const int threads = Team::block_threads(p.a.team), shared = shared_bytes<X, V, K>(p, threads);
+  const int threads = p.a.team.block_threads(), shared = shared_bytes<X, V, K>(p, threads);
   const AdaLNBackward& a = p.a;
   if (p.tiles > 1) {
     launch(adaln_means_kernel<X, V>, a, a.samples * a.tokens, kMeansThreads,

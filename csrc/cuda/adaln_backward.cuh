@@ -98,7 +98,7 @@ __device__ __forceinline__ void leave(float* rows, const float (&sum)[K][V], con
                                       const Team& team, int first) {
   if (!rows) return;
   float* row = rows + int64_t(blockIdx.x) * a.channels;
-  if (team.teams() == 1) {
+  if (team.teams == 1) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int c = first + k * kStep;
@@ -116,7 +116,7 @@ __device__ __forceinline__ void leave(float* rows, const float (&sum)[K][V], con
   __syncthreads();
   for (int c = threadIdx.x; c < min(width, a.channels); c += blockDim.x) {
     float total = 0;
-    for (int other = 0; other < team.teams(); ++other) total += room[other * width + c];
+    for (int other = 0; other < team.teams; ++other) total += room[other * width + c];
     row[c] = total;
   }
 }
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kGeneral ? kBackwardThreads : kLeanThreads,
                     (team.rank / S * (S * K) + team.rank % S) * V;
 
   // Of the chunk's rows, the team has `index` and every `step`th from there on.
-  const int step = team.teams(), stride = step * a.channels, rounds = (rows + step - 1) / step;
+  const int step = team.teams, stride = step * a.channels, rounds = (rows + step - 1) / step;
   int row = team.index, offset = row * a.channels + first;
   Ahead<X, V, K, kStep> ahead(a, block_at, a.channels - first);
   ahead.start_first(offset, stride, (rows - row + step - 1) / step);

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kMeansThreads, 4)
     adaln_means_kernel(const __grid_constant__ AdaLNBackward a) {
   float* room = reinterpret_cast<float*>(shared_memory());
   Team::clear(room);
-  const Team team(kMeansThreads);
+  const Team team(TeamSize::of(kMeansThreads));
   const int row = blockIdx.x, sample = row / a.tokens;
   const int64_t begin = int64_t(row) * a.channels;
   const int64_t scale_begin = a.scale.token_stride ? begin : sample * a.scale.sample_stride;

@@ -109,9 +109,9 @@ cuda::Family family(bool hopper) {
 
 bool window_attention_hopper_serves(const Tensor& qkv, const std::optional<Tensor>& temb,
                                     const std::optional<Tensor>& table, int64_t num_heads,
-                                    at::IntArrayRef window) {
+                                    at::IntArrayRef window, double scale) {
   const c10::DeviceGuard guard(qkv.device());
-  return cuda::hopper_serves(window_attention(qkv, temb, table, num_heads, window, 1.0));
+  return cuda::hopper_serves(window_attention(qkv, temb, table, num_heads, window, scale));
 }
 
 void window_attention_forward(const Tensor& qkv, const std::optional<Tensor>& temb,
@@ -212,7 +212,7 @@ void adaln_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_re
 TORCH_LIBRARY(diffit_cuda, library) {
   library.def(
       "window_attention_hopper_serves(Tensor qkv, Tensor? temb, Tensor? table, int num_heads, "
-      "int[2] window) -> bool",
+      "int[2] window, float scale) -> bool",
       &window_attention_hopper_serves);
   library.def(
       "window_attention_forward(Tensor qkv, Tensor? temb, Tensor? table, int num_heads, "

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
-#include "cuda/window_attention_backward.cuh"
+#include "cuda/window.cuh"
 
 namespace diffit::cuda {
 
@@ -43,29 +43,6 @@ static __global__ void __launch_bounds__(kSumThreads)
                                  [&](int part) { return from[int64_t{part} * columns]; });
   if (valid && threadIdx.x < 32) {
     store_number(arguments.out, arguments.number, sample * columns + column, sum);
-  }
-}
-
-// dtable from the parts of all pairs of tiles: blockIdx (rows of the table / 32, head).
-static __global__ void __launch_bounds__(kSumThreads)
-    sum_table_kernel(const __grid_constant__ BackwardArguments arguments) {
-  const Windows& windows = arguments.windows;
-  const int heads = arguments.a.heads, head = blockIdx.y;
-  const int row = blockIdx.x * 32 + threadIdx.x % 32;
-  const int across = 2 * windows.width - 1, dy = row / across - (windows.height - 1);
-  const int tiles = window_tiles(windows), pairs = tiles * tiles, offsets = pair_offsets(windows);
-  const bool valid = row < windows.table_size();
-  const float sum = sum_of_parts(valid ? arguments.walk.splits * pairs : 0, [&](int part) {
-    const int split = part / pairs, pair = part % pairs;
-    const int down = dy - first_difference(windows, pair / tiles, pair % tiles);
-    const int offset = down * across + row % across;
-    if (down < 0 || offset >= offsets) return 0.f;
-    const int64_t at = (int64_t{split} * heads + head) * pairs + pair;
-    return arguments.dtable_parts[at * offsets + offset];
-  });
-  if (valid && threadIdx.x < 32) {
-    const Input& table = arguments.a.table;
-    store_number(arguments.a.dtable, table.number, int64_t{row} * heads + head, sum);
   }
 }
 

@@ -2,9 +2,7 @@
 // for larger ones, and the sums of their parts.
 #include "cuda/dispatch.cuh"
 #include "cuda/sums.cuh"
-#include "cuda/window_attention_backward_large.cuh"
-#include "cuda/window_attention_backward_small.cuh"
-#include "cuda/window_attention_backward_table.cuh"
+#include "cuda/window_attention_backward.cuh"
 
 namespace diffit::cuda {
 namespace {
@@ -19,9 +17,6 @@ int splits(int64_t items, int64_t blocks_of_a_split) {
   return static_cast<int>((items + each - 1) / each);
 }
 
-constexpr bool has_small_kernel(int tokens, int head_dim) {
-  return tokens <= 32 || (tokens <= 64 && head_dim <= 72);
-}
 bool is_small(const WindowAttention& a) { return has_small_kernel(a.tokens(), a.head_dim); }
 int padded_tokens(const WindowAttention& a) {
   return a.tokens() <= 16 ? 16 : a.tokens() <= 32 ? 32 : 64;
@@ -30,7 +25,7 @@ int small_items(const WindowAttention& a) {
   const int windows = 64 / padded_tokens(a);
   return (a.windows() + windows - 1) / windows;
 }
-int table_splits(const WindowAttention& a) {
+int splits_of(const WindowAttention& a) {
   if (is_small(a)) return splits(small_items(a), a.heads);
   const int tiles = window_tiles(Windows(a));
   return splits(a.windows(), int64_t{tiles} * tiles * a.heads);
@@ -45,52 +40,32 @@ struct Scratch {
     if (!is_small(a)) delta = int64_t{windows.count} * a.heads * windows.tokens;
     if (a.temb.data) dtemb = windows.count * tiles * 2 * a.channels();
     if (a.table.data) {
-      dtable = int64_t{table_splits(a)} * a.heads * tiles * tiles * pair_offsets(windows);
+      dtable = int64_t{splits_of(a)} * a.heads * tiles * tiles * pair_offsets(windows);
     }
   }
 };
 
-template <class E, int D, int KEYS>
-void small_backward(BackwardArguments arguments, void* stream) {
-  const WindowAttention& a = arguments.a;
-  const auto kernel = window_attention_backward_small_kernel<E, D, KEYS>;
-  const auto shared_bytes = [&](int stages) {
-    return small_backward_shared<D, KEYS>(arguments.windows, stages);
-  };
-  arguments.walk = {small_items(a), splits(small_items(a), a.heads),
-                    shared_bytes(2) <= shared_memory_limit() ? 2 : 1};
-  launch(kernel, arguments, dim3(arguments.walk.splits * a.heads), kThreads,
-         shared_bytes(arguments.walk.stages), stream,
-         describe("window_attention_backward_small", a));
-}
-
-template <class E, int D>
-void large_backward(BackwardArguments arguments, void* stream) {
-  const WindowAttention& a = arguments.a;
+// dtable from the parts of all pairs of tiles: blockIdx (rows of the table / 32, head).
+__global__ void __launch_bounds__(kSumThreads)
+    sum_table_kernel(const __grid_constant__ BackwardArguments arguments) {
   const Windows& windows = arguments.windows;
-  const int tiles = window_tiles(windows);
-  const auto walk_and_launch = [&](auto kernel, const char* name, const auto& shared_bytes,
-                                   bool ahead) {
-    const Description what = describe(name, a);
-    arguments.walk =
-        walk_over(windows.count * tiles, a.heads, kernel, shared_bytes, what, ahead ? 2 : 1);
-    launch(kernel, arguments, dim3(arguments.walk.splits * a.heads), kThreads,
-           shared_bytes(arguments.walk.stages), stream, what);
-  };
-  // The next item's own rows come during the last step of this one, which must not need its own.
-  const bool ahead = tiles > 1;
-  walk_and_launch(
-      window_attention_backward_query_kernel<E, D>, "window_attention_backward_query",
-      [&](int stages) { return query_shared<D>(windows, stages); }, ahead);
-  walk_and_launch(
-      window_attention_backward_key_kernel<E, D>, "window_attention_backward_key",
-      [&](int stages) { return key_shared<D>(windows, stages); }, ahead && keeps_keys(D));
-  if (!a.table.data) return;
-  const int stages = table_shared<D>(windows, 2) <= shared_memory_limit() ? 2 : 1;
-  arguments.walk = {windows.count, table_splits(a), stages};
-  launch(window_attention_backward_table_kernel<E, D>, arguments,
-         dim3(arguments.walk.splits * a.heads * tiles * tiles), kThreads,
-         table_shared<D>(windows, stages), stream, describe("window_attention_backward_table", a));
+  const int heads = arguments.a.heads, head = blockIdx.y;
+  const int row = blockIdx.x * 32 + threadIdx.x % 32;
+  const int across = 2 * windows.width - 1, dy = row / across - (windows.height - 1);
+  const int tiles = window_tiles(windows), pairs = tiles * tiles, offsets = pair_offsets(windows);
+  const bool valid = row < windows.table_size();
+  const float sum = sum_of_parts(valid ? arguments.walk.splits * pairs : 0, [&](int part) {
+    const int split = part / pairs, pair = part % pairs;
+    const int down = dy - first_difference(windows, pair / tiles, pair % tiles);
+    const int offset = down * across + row % across;
+    if (down < 0 || offset >= offsets) return 0.f;
+    const int64_t at = (int64_t{split} * heads + head) * pairs + pair;
+    return arguments.dtable_parts[at * offsets + offset];
+  });
+  if (valid && threadIdx.x < 32) {
+    const Input& table = arguments.a.table;
+    store_number(arguments.a.dtable, table.number, int64_t{row} * heads + head, sum);
+  }
 }
 
 }  // namespace
@@ -106,16 +81,8 @@ void window_attention_backward(const WindowAttention& a, Family family, void* st
   const Scratch scratch(a);
   float* const dtemb = a.scratch + scratch.delta;
   BackwardArguments arguments{a, Windows(a), {}, a.scratch, dtemb, dtemb + scratch.dtemb};
-  with_element_and_head_dim(a, [&](auto element, auto head_dim) {
-    using E = decltype(element);
-    constexpr int D = head_dim.value;
-    if (a.tokens() <= 16) return small_backward<E, D, 16>(arguments, stream);
-    if (a.tokens() <= 32) return small_backward<E, D, 32>(arguments, stream);
-    if constexpr (has_small_kernel(64, D)) {
-      if (a.tokens() <= 64) return small_backward<E, D, 64>(arguments, stream);
-    }
-    return large_backward<E, D>(arguments, stream);
-  });
+  const auto backward = is_small(a) ? small_backward : large_backward;
+  backward(arguments, splits_of(a), stream);
   if (a.temb.data) {
     const int columns = 2 * a.channels();
     const int parts = a.windows_of_sample() * (is_small(a) ? 1 : window_tiles(arguments.windows));
@@ -124,7 +91,7 @@ void window_attention_backward(const WindowAttention& a, Family family, void* st
            describe("window_attention_backward_time", a));
   }
   if (a.table.data) {
-    arguments.walk.splits = table_splits(a);
+    arguments.walk.splits = splits_of(a);
     launch(sum_table_kernel, arguments, dim3((a.table_size() + 31) / 32, a.heads), kSumThreads,
            4 * kSumThreads, stream, describe("window_attention_backward_sums", a));
   }

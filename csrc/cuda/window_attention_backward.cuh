@@ -21,6 +21,14 @@ struct BackwardArguments {
   float* dtable_parts;  // (splits, nH, pairs of tiles, offsets of a pair); or null
 };
 
+// Which of the two serves a shape.
+constexpr bool has_small_kernel(int tokens, int head_dim) {
+  return tokens <= 32 || (tokens <= 64 && head_dim <= 72);
+}
+// `splits`: into how many the windows are cut whose dS a block of threads sums.
+void small_backward(const BackwardArguments& arguments, int splits, void* stream);
+void large_backward(const BackwardArguments& arguments, int splits, void* stream);
+
 // Tiles of 64 tokens of a window; the grid rows that one lies in, at most; and how many offsets two
 // such tiles can be apart, counted from first_difference() grid rows and -(w - 1) columns on.
 constexpr int window_tiles(const Windows& windows) { return (windows.tokens + 63) / 64; }

@@ -65,7 +65,7 @@ bool hopper_serves(const WindowAttention& a) {
   const int w = a.window_width, d = a.head_dim;
   if (a.number == Number::kFloat32 || (w != 8 && w != 16 && w != 32) ||
       a.tokens() % kHopperTokens != 0 || (d != 32 && d != 64 && d != 72 && d != 96 && d != 128) ||
-      !aligned(a.qkv) || !aligned(a.out) ||
+      !hopper_serves_scale(a.scale) || !aligned(a.qkv) || !aligned(a.out) ||
       int64_t{6} * a.channels() * a.width * a.height >= int64_t{1} << 40) {
     return false;
   }
@@ -78,9 +78,6 @@ bool hopper_serves(const WindowAttention& a) {
 
 void window_attention_forward_hopper(const WindowAttention& a, void* stream) {
   if (a.windows() == 0) return;
-  if (!hopper_serves_scale(a.scale)) {
-    return window_attention_forward(a, Family::kTensorCores, stream);
-  }
   with_element_and_head_dim(a, [&](auto element, auto head_dim) {
     with_width(a.window_width, [&](auto width) {
       forward<decltype(element), head_dim.value, width.value>(a, stream);

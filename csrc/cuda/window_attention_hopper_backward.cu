@@ -5,8 +5,8 @@
 
 #include "cuda/dispatch.cuh"
 #include "cuda/sums.cuh"
-#include "cuda/window_attention_hopper_backward_key.cuh"
-#include "cuda/window_attention_hopper_backward_query.cuh"
+#include "cuda/window_attention_hopper_backward_key_compute.cuh"
+#include "cuda/window_attention_hopper_backward_query_compute.cuh"
 #include "cuda/window_attention_hopper_backward_table.cuh"
 
 namespace diffit::cuda {
@@ -171,14 +171,14 @@ void backward(const WindowAttention& a, void* stream) {
       a.scratch,
       dtemb,
       dtemb + plan.dtemb_floats(a)};
-  const auto run = [&](auto kernel, const char* name, int blocks, int stages, int bytes) {
+  const auto run = [&](auto kernel, const char* name, dim3 blocks, int stages, int bytes) {
     arguments.walk.stages = stages;
-    launch(kernel, arguments, dim3(blocks), kHopperThreads, bytes, stream, describe(name, a));
+    launch(kernel, arguments, blocks, kHopperThreads, bytes, stream, describe(name, a));
   };
 
   const auto run_query = [&](auto kernel) {
     run(kernel, "window_attention_backward_query for Hopper",
-        a.heads * plan.blocks * plan.query_splits, plan.query_stages,
+        dim3(a.heads, plan.blocks, plan.query_splits), plan.query_stages,
         HopperQueryShared<D>::bytes(plan.query_stages, bias_bytes,
                                     plan.folded ? pair_sum_bytes(plan.key_tiles) : 0));
   };
@@ -200,14 +200,14 @@ void backward(const WindowAttention& a, void* stream) {
   const int each = (walk.items + room - 1) / room;
   walk.workers = (walk.items + each - 1) / each;
   run(window_attention_backward_hopper_key_kernel<E, D, W>,
-      "window_attention_backward_key for Hopper", a.heads * walk.workers, plan.key_stages,
+      "window_attention_backward_key for Hopper", dim3(a.heads, walk.workers), plan.key_stages,
       HopperKeyShared<D>::bytes(plan.key_stages, bias_bytes));
 
   if (a.table.data && !plan.folded) {
     arguments.splits = plan.table_splits;
     run(window_attention_backward_hopper_table_kernel<E, D, W>,
-        "window_attention_backward_table for Hopper", a.heads * plan.pairs() * plan.table_splits,
-        plan.table_stages,
+        "window_attention_backward_table for Hopper",
+        dim3(a.heads, plan.pairs(), plan.table_splits), plan.table_stages,
         HopperTableShared<D>::bytes(plan.table_stages, bias_bytes, pair_sum_bytes(plan.key_tiles)));
   }
   if (a.temb.data) {

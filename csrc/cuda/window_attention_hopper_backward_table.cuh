@@ -54,11 +54,10 @@ struct HopperTablePair {
     const int blocks = arguments.walk.blocks;
     key_tiles = arguments.key_tiles;
     key_blocks = 2 * blocks / key_tiles;
-    head = blockIdx.x % a.heads;
-    const int rest = blockIdx.x / a.heads;
-    key_block = rest % key_blocks;
-    query_block = rest / key_blocks % blocks;
-    split = rest / (key_blocks * blocks);
+    head = blockIdx.x;
+    key_block = blockIdx.y % key_blocks;
+    query_block = blockIdx.y / key_blocks;
+    split = blockIdx.z;
     windows = (a.windows() - split + arguments.splits - 1) / arguments.splits;
   }
   __device__ __forceinline__ int window(const HopperBackwardArguments& arguments, int n) const {

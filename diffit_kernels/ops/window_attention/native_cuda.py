@@ -44,7 +44,7 @@ def forward(qkv, temb, relative_position_bias_table, num_heads, window_size, sca
     inputs = _contiguous(qkv, temb, relative_position_bias_table)
     results = fake(qkv, temb, relative_position_bias_table, num_heads, window_size, scale)
     if qkv.numel() > 0:
-        hopper = _is_for_hopper(*inputs, num_heads, window_size)
+        hopper = _is_for_hopper(*inputs, num_heads, window_size, scale)
         native_library.CUDA.ops().window_attention_forward(
             *(*inputs, num_heads, window_size, scale, hopper, *results)
         )
@@ -62,19 +62,19 @@ def backward(
     )
     if qkv.numel() > 0:
         grad_out, out, lse = _contiguous(grad_out, out, lse)
-        hopper = _is_for_hopper(*inputs, num_heads, window_size)
+        hopper = _is_for_hopper(*inputs, num_heads, window_size, scale)
         native_library.CUDA.ops().window_attention_backward(
             *(grad_out, *inputs, out, lse, num_heads, window_size, scale, hopper, *grads)
         )
     return grads
 
 
-def _is_for_hopper(qkv, temb, relative_position_bias_table, num_heads, window_size) -> bool:
+def _is_for_hopper(qkv, temb, relative_position_bias_table, num_heads, window_size, scale) -> bool:
     """Which family runs: its instructions are those of 9.0 alone, neither older nor newer."""
     if native_library.capability(qkv.device) != 90:
         return False
     return native_library.CUDA.ops().window_attention_hopper_serves(
-        qkv, temb, relative_position_bias_table, num_heads, window_size
+        qkv, temb, relative_position_bias_table, num_heads, window_size, scale
     )
 
 

@@ -71,7 +71,7 @@ void window_attention() {
       {2, 8, 4, 2, 32, 4, 4},    {1, 7, 14, 1, 72, 7, 7},  {3, 2, 9, 1, 64, 1, 3},
       {1, 6, 4, 2, 96, 6, 4},    {1, 9, 9, 1, 72, 9, 9},   {1, 5, 32, 1, 32, 5, 32},
       {1, 8, 8, 1, 128, 8, 8},   {2, 8, 16, 1, 72, 8, 16}, {1, 16, 8, 1, 96, 16, 8},
-      {1, 8, 32, 1, 128, 8, 32}, {1, 4, 32, 2, 64, 4, 32}, {1, 16, 16, 1, 32, 16, 16},
+      {1, 4, 32, 1, 128, 4, 32}, {1, 8, 16, 1, 32, 8, 16},
   };
   int index = 0;
   for (const auto& s : shapes) {
@@ -89,7 +89,8 @@ void window_attention() {
         a.qkv = buffers.make(tokens * 3 * channels, a.number);
         if (with) a.temb = {buffers.make(temb, a.number), a.number};
         if (with) a.table = {buffers.make(table, Number::kFloat32), Number::kFloat32};
-        if (family == Family::kHopper && !hopper_serves(a)) continue;
+        // With the time token and the table Hopper's do everything that they do without, and more.
+        if (family == Family::kHopper && (!with || !hopper_serves(a))) continue;
         a.out = buffers.make(tokens * channels, a.number, false);
         a.lse = buffers.room(tokens * s.heads);
         window_attention_forward(a, family, nullptr);
