@@ -1,5 +1,6 @@
 """Fixtures and reporting shared by all tests."""
 
+import contextlib
 import os
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from diffit_kernels import native_library
 from diffit_kernels.dispatch import BACKENDS, REGISTRY, use_backend
+from tests import emulation
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -39,16 +42,45 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend, device", pairs, indirect=["backend"])
 
 
-@pytest.fixture
-def backend(request):
-    """The test's fused calls run on this backend, or raise; what they leave unwritten is NaN."""
+@contextlib.contextmanager
+def only(backend):
+    """Fused calls run on this backend, or raise; what they leave unwritten is NaN."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        with use_backend(request.param):
-            yield request.param
+        with use_backend(backend):
+            yield backend
     finally:
         torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def backend(request):
+    """The test's fused calls run on this backend alone."""
+    with only(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The CUDA kernels compiled for the host, loaded; None where a GPU runs the real ones."""
+    if DEVICES != ["cpu"]:
+        return None
+    library = emulation.build()
+    torch.ops.load_library(library)
+    return library
+
+
+@pytest.fixture
+def cuda_device(emulated, monkeypatch):
+    """Where the native backend's CUDA kernels serve: the GPU, or, emulated, the CPU."""
+    if emulated is not None:
+        monkeypatch.setattr(native_library, "on_cuda", lambda tensor: True)
+        monkeypatch.setattr(native_library, "capability", lambda device: 90)
+        monkeypatch.setattr(native_library.CUDA, "reason", lambda: None)
+        monkeypatch.setattr(native_library.CUDA, "ops", lambda: torch.ops.diffit_cuda)
+    with only("native"):
+        yield DEVICES[-1]
 
 
 @pytest.fixture(autouse=True)

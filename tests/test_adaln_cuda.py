@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from diffit_kernels import native_library
-from diffit_kernels.dispatch import use_backend
 from diffit_kernels.ops import adaln
 from diffit_kernels.ops.adaln import native_cuda
-from tests import emulation, test_adaln
-from tests.conftest import DEVICES
+from tests import test_adaln
 from tests.parity import assert_close, assert_parity
 from tests.test_adaln import NAMES, fused, literal, make
 
@@ -32,29 +29,9 @@ CHANNELS = [1, 2, 3, 8, 24, 32, 40, 64, 65, 72, 128, 136, 256, 264, 320, 512, 52
 WIDE = [1280, 1288, 1536, 2052, 2056, 2064, 2568, 3072, 4096, 4104, 4100, 4097, 8192, 16380, 16384]
 
 
-@pytest.fixture(scope="session")
-def emulated():
-    """The kernels compiled for the host, loaded; or None where there is a GPU for the real ones."""
-    if DEVICES != ["cpu"]:
-        return None
-    library = emulation.build()
-    torch.ops.load_library(library)
-    return library
-
-
 @pytest.fixture
-def device(emulated, monkeypatch):
-    """The native backend's CUDA kernels serve; what they leave unwritten is NaN."""
-    if emulated is not None:
-        monkeypatch.setattr(native_library, "on_cuda", lambda tensor: True)
-        monkeypatch.setattr(native_library, "capability", lambda device: 90)
-        monkeypatch.setattr(native_library.CUDA, "reason", lambda: None)
-        monkeypatch.setattr(native_library.CUDA, "ops", lambda: torch.ops.diffit_cuda)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with use_backend("native"):
-        yield DEVICES[-1]
-    torch.use_deterministic_algorithms(deterministic)
+def device(cuda_device):
+    return cuda_device
 
 
 @pytest.fixture
@@ -63,9 +40,11 @@ def backend(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [5, 131])
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_any_number_of_channels(channels, dtype, device):
-    assert_parity(fused, literal, make((2, 5, channels), device=device), dtype)
+def test_any_number_of_channels(channels, tokens, dtype, device):
+    """Blocks with a sample's rows to share what they read, and samples too short for it."""
+    assert_parity(fused, literal, make((2, tokens, channels), device=device), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

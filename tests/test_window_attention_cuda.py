@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from diffit_kernels import native_library
-from diffit_kernels.dispatch import use_backend
 from diffit_kernels.ops import window_attention
 from diffit_kernels.ops.window_attention import native_cuda
 from tests import emulation
@@ -40,29 +39,9 @@ SERVED_BY_HOPPER = [name for name, case in CUDA_CASES.items() if "16x16" in name
 ]
 
 
-@pytest.fixture(scope="session")
-def emulated():
-    """The kernels compiled for the host, loaded; or None where there is a GPU for the real ones."""
-    if DEVICES != ["cpu"]:
-        return None
-    library = emulation.build()
-    torch.ops.load_library(library)
-    return library
-
-
 @pytest.fixture
-def device(emulated, monkeypatch):
-    """The native backend's CUDA kernels serve; what they leave unwritten is NaN."""
-    if emulated is not None:
-        monkeypatch.setattr(native_library, "on_cuda", lambda tensor: True)
-        monkeypatch.setattr(native_library, "capability", lambda device: 90)
-        monkeypatch.setattr(native_library.CUDA, "reason", lambda: None)
-        monkeypatch.setattr(native_library.CUDA, "ops", lambda: torch.ops.diffit_cuda)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with use_backend("native"):
-        yield DEVICES[-1]
-    torch.use_deterministic_algorithms(deterministic)
+def device(cuda_device):
+    return cuda_device
 
 
 @pytest.fixture(params=FAMILIES)

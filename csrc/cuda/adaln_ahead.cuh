@@ -12,7 +12,7 @@
 namespace diffit::cuda {
 
 struct AdaLNBackward : AdaLN {
-  int team;          // threads of a row
+  TeamSize team;     // for a row
   int chunks;        // of a sample's tokens
   int stages;        // rows of a team that are on their way, or here, at a time: 1 to 4
   int ahead_offset;  // where those are in shared memory

@@ -148,13 +148,15 @@ void backward(const WindowAttention& a, void* stream) {
   using Tile = HopperTile<D, kHopperRows>;
   const Plan plan = plan_of<D, W>(a);
   const int bias_bytes = HopperBiases<W>::bytes(a.window_height), channels = a.channels();
-  constexpr int N = kHopperColumns<D>;
   const auto maps = [&](const void* data, int of) {
     return Tile::maps(data, a.number, of, a, W, kHopperRows / W);
   };
-  const auto maps_of_step = [&](const void* data, int of) {
+  constexpr int N = kHopperColumns<D>;
+  const auto maps_of_step = [&](const void* data, int of, const TileMaps& maps) {
+    if constexpr (N == kHopperRows) return maps;
     return HopperTile<D, N>::maps(data, a.number, of, a, W, N / W);
   };
+  const TileMaps qkv = maps(a.qkv, 3 * channels), grad_out = maps(a.grad_out, channels);
   constexpr int kWidth = W < 16 ? W : 16;
   float* const dtemb = a.scratch + plan.delta_floats(a);
   HopperBackwardArguments arguments{
@@ -162,11 +164,11 @@ void backward(const WindowAttention& a, void* stream) {
       {0, plan.blocks, 1, 0, 0, a.windows_of_sample(), a.width / W},
       plan.query_splits,
       plan.key_tiles,
-      maps(a.qkv, 3 * channels),
+      qkv,
       maps(a.out, channels),
-      maps(a.grad_out, channels),
-      maps_of_step(a.qkv, 3 * channels),
-      maps_of_step(a.grad_out, channels),
+      grad_out,
+      maps_of_step(a.qkv, 3 * channels, qkv),
+      maps_of_step(a.grad_out, channels, grad_out),
       Tile::maps(a.dqkv, a.number, 3 * channels, a, kWidth, 16 / kWidth),
       a.scratch,
       dtemb,

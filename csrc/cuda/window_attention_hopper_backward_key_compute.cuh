@@ -118,8 +118,9 @@ __device__ __forceinline__ void attend_keys(const HopperBackwardArguments& argum
   HeadSums<D> dk, dv;
   HopperStage now, next;
   const float* biases;
-  int n = 0, step = 0;    // problem, and step of it
-  bool last_use = false;  // of the stage `now`
+  int n = 0, step = 0;   // problem, and step of it
+  bool last_use;         // of its queries
+  bool used_up = false;  // the stage `now`
   const auto release = [&](uint64_t* empty) {
     __syncwarp();
     if (lane == 0) barrier_arrive(empty);
@@ -131,6 +132,7 @@ __device__ __forceinline__ void attend_keys(const HopperBackwardArguments& argum
     if (has_time) barrier_wait(shared.q_t_full + n % 2, n / 2 % 2);
     rows.take(memory.keys_of(group, buffer), shared.q_t[n % 2], row, has_time);
     biases = first_bias + HopperKeyProblem(walk, worker, n).block * Biases::kTile;
+    last_use = n % walk.reuse + 1 == walk.reuse;
   };
   const auto finish_keys = [&](int of) {
     if (has_time) ds_sum[0] = row_sum(ds_sum[0]), ds_sum[1] = row_sum(ds_sum[1]);
@@ -176,7 +178,7 @@ __device__ __forceinline__ void attend_keys(const HopperBackwardArguments& argum
     hold(scores);
     hold(pairs);
     dk.hold_all();
-    if (last_use) release(shared.empty + now.index);
+    if (used_up) release(shared.empty + now.index);
     if (step == 0 && begun) finish_keys(n - 1);
     const float* const lse = shared.lse[next.index] + lane % 4 * 2;
 #pragma unroll
@@ -220,7 +222,7 @@ __device__ __forceinline__ void attend_keys(const HopperBackwardArguments& argum
       release(shared.keys_empty[group] + buffer_of(n + 1));
     }
 
-    last_use = n % walk.reuse + 1 == walk.reuse;
+    used_up = last_use;
     now = next;
     next.advance(walk.stages);
     if (++step < steps) continue;

@@ -6,5 +6,6 @@
 namespace diffit::cuda {
 
 inline void forget(uint32_t&) {}
+inline void forget(int64_t&) {}
 
 }  // namespace diffit::cuda
