@@ -38,6 +38,22 @@ void with_element_and_head_dim(const WindowAttention& a, const Function& functio
   throw std::runtime_error("tensor cores take bfloat16 and float16");
 }
 
+constexpr int kHopperSharedMemory = 227 * 1024;  // that a block may have on sm_90
+
+// Calls `function` with the width of a window that the Hopper family serves, as a constant.
+template <class Function>
+void with_width(int width, const Function& function) {
+  switch (width) {
+    case 8:
+      return function(Constant<8>{});
+    case 16:
+      return function(Constant<16>{});
+    case 32:
+      return function(Constant<32>{});
+  }
+  throw std::runtime_error("windows must be 8, 16 or 32 wide, got " + std::to_string(width));
+}
+
 // A call for the text of an error.
 struct Description {
   const char* kernel;

@@ -8,6 +8,8 @@
 //     of    query g, key 2t..     query g + 8, key 2t..    query g, key 2t + 8..    both 8 on
 //
 // where the first and the last have the same offset, and are added: 24 numbers of 32 are kept.
+// In the end pairs of 16 and 16 tokens that are equally far apart are added, then what has the same
+// offset in those.
 #pragma once
 
 #include "cuda/window_attention_hopper_backward.cuh"
@@ -46,28 +48,78 @@ __device__ __forceinline__ void add_pair_sums(float2* sums, int step, const floa
 // times 2w - 1.
 constexpr int pair_rows(int width, int tiles) { return (128 + 64 * tiles) / width - 1; }
 
-// The computing threads, after a barrier: the sums by offset, to the part of dtable that belongs to
-// `pair`, from tiles `query_tile` of queries and `key_tile` of keys on.
+// Pairs of 16 queries and 16 keys whose pairs of tokens have the same offsets, as far apart as the
+// 16 queries and keys are: `down` in units of 16 tokens, or of two for windows 32 wide, which are
+// also apart by `right` halves of a row.
+template <int W>
+struct HopperClasses {
+  static constexpr int kOfRow = W == 32 ? 3 : 1;
+  int groups;  // `down` is less than that apart from 0
+  int count;
+
+  __device__ __forceinline__ explicit HopperClasses(int tiles)
+      : groups(W == 32 ? 2 * tiles : 4 * tiles), count((groups + (W == 32 ? 3 : 7)) * kOfRow) {}
+
+  __device__ __forceinline__ int at(int down, int right) const {
+    const int row = down + groups - 1;
+    return right < -1 || right > 1 ? -1 : W == 32 ? row * 3 + right + 1 : row;
+  }
+  // The 16 keys that are apart from the s-th 16 queries as the class says; negative if none are.
+  __device__ __forceinline__ int keys_of(int index, int s) const {
+    const int down = index / kOfRow - (groups - 1);
+    if (W != 32) return s - down < groups ? s - down : -1;
+    const int row = s / 2 - down, half = s % 2 - (index % 3 - 1);
+    return row < 0 || row >= groups || half < 0 || half > 1 ? -1 : 2 * row + half;
+  }
+};
+
+constexpr int kPairRoom = 33 * 192 * 4;  // bytes for the sums of all classes, of up to 4 tiles
+
+// The computing threads, after a barrier: the sums by offset of 128 queries and `tiles` tiles of
+// keys, to the part of dtable that belongs to `pair`. `room` has kPairRoom bytes.
 template <int W>
 __device__ __forceinline__ void store_pair_sums(const HopperBackwardArguments& arguments,
-                                                const float2* sums, int head, int split, int pairs,
-                                                int pair, int tiles) {
-  constexpr int kAcross = 2 * W - 1, kRows = 128 / W;
-  const int key_rows = 64 / W * tiles, offsets = (kRows + key_rows - 1) * kAcross;
+                                                const float2* sums, void* room, int head, int split,
+                                                int pairs, int pair, int tiles) {
+  constexpr int kAcross = 2 * W - 1;
+  const int thread = threadIdx.x - 128, lane = thread % 32;
+  const HopperClasses<W> classes(tiles);
+  for (int index = thread / 32; index < classes.count; index += 8) {
+    float2 of_class[3] = {};
+#pragma unroll
+    for (int s = 0; s < 8; ++s) {
+      const int u = classes.keys_of(index, s);
+      if (u < 0) continue;
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        const float2 more = sums[(3 * u + i) * 256 + 32 * s + lane];
+        of_class[i].x += more.x;
+        of_class[i].y += more.y;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      static_cast<float2*>(room)[(3 * index + i) * 32 + lane] = of_class[i];
+  }
+  sync_some(1, 256);
+
+  const int key_rows = 64 / W * tiles, offsets = pair_rows(W, tiles) * kAcross;
   float* const to =
       arguments.dtable + ((int64_t{split} * arguments.a.heads + head) * pairs + pair) * offsets;
-  for (int offset = threadIdx.x - 128; offset < offsets; offset += 256) {
+  for (int offset = thread; offset < offsets; offset += 256) {
     const int dy = offset / kAcross - (key_rows - 1), dx = offset % kAcross - (W - 1);
     float sum = 0;
-    for (int y = max(0, dy); y < min(kRows, key_rows + dy); ++y) {
-      for (int x = max(0, dx); x < min(W, W + dx); ++x) {
-        const int query = y * W + x, key = (y - dy) * W + x - dx;
-        if (query & key & 8) continue;  // is added to the pair 8 tokens before
-        const int kind = query & 8 ? 1 : key & 8 ? 2 : 0;
-        const int thread = query / 16 * 32 + query % 8 * 4 + key % 8 / 2;
-        const float2& two = sums[(key / 16 * 3 + kind) * 256 + thread];
-        sum += key % 2 ? two.y : two.x;
-      }
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      // The query, or the key, is the one 8 on: that is a grid row, or 8 columns.
+      const int on = i == 1 ? 1 : i == 2 ? -1 : 0, x = W == 8 ? dx : dx - 8 * on;
+      const int y = W == 8 ? dy - on : dy;
+      if (W == 8 && y % 2 != 0) continue;
+      const int right = W == 32 ? (x + 24) / 16 - 1 : 0, apart = x - 16 * right;
+      const int index = classes.at(W == 8 ? y / 2 : y, right);
+      if (apart < -7 || apart > 7 || index < 0 || index >= classes.count) continue;
+      const float* const of_class = static_cast<const float*>(room) + (3 * index + i) * 64;
+      for (int g = max(0, apart); g < min(8, 8 + apart); ++g) sum += of_class[9 * g - apart];
     }
     to[offset] = sum;
   }

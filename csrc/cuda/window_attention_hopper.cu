@@ -9,27 +9,12 @@
 namespace diffit::cuda {
 namespace {
 
-constexpr int kSharedMemory = 227 * 1024;  // that a block may have on sm_90
-
-template <class Function>
-void with_width(int width, const Function& function) {
-  switch (width) {
-    case 8:
-      return function(Constant<8>{});
-    case 16:
-      return function(Constant<16>{});
-    case 32:
-      return function(Constant<32>{});
-  }
-  throw std::runtime_error("windows must be 8, 16 or 32 wide, got " + std::to_string(width));
-}
-
 // Stages that there is room for.
 template <int D, int W>
 int stages_of(const WindowAttention& a) {
   int stages = kHopperMaxStages;
-  while (stages > 0 &&
-         HopperShared<D>::bytes(stages, HopperBiases<W>::bytes(a.window_height)) > kSharedMemory) {
+  while (stages > 0 && HopperShared<D>::bytes(stages, HopperBiases<W>::bytes(a.window_height)) >
+                           kHopperSharedMemory) {
     --stages;
   }
   return stages;

@@ -12,28 +12,14 @@
 namespace diffit::cuda {
 namespace {
 
-constexpr int kSharedMemory = 227 * 1024;  // that a block may have on sm_90
 // What sums are shared out among, whatever the device has, so that they are the same on all.
 constexpr int kMultiprocessors = 132;
-
-template <class Function>
-void with_width(int width, const Function& function) {
-  switch (width) {
-    case 8:
-      return function(Constant<8>{});
-    case 16:
-      return function(Constant<16>{});
-    case 32:
-      return function(Constant<32>{});
-  }
-  throw std::runtime_error("windows must be 8, 16 or 32 wide, got " + std::to_string(width));
-}
 
 // As many stages, up to 8, as there is room for.
 template <class SharedBytes>
 int most_stages(const SharedBytes& shared_bytes) {
   int stages = kHopperMaxTiles;
-  while (stages > 0 && shared_bytes(stages) > kSharedMemory) --stages;
+  while (stages > 0 && shared_bytes(stages) > kHopperSharedMemory) --stages;
   return stages;
 }
 
@@ -83,7 +69,7 @@ Plan plan_of(const WindowAttention& a) {
   Plan plan;
   plan.blocks = a.tokens() / (2 * kHopperRows);
   const int tiles = 2 * plan.blocks;
-  plan.folded = a.table.data && query_stages(tiles) >= 2;
+  plan.folded = a.table.data && tiles <= 4 && query_stages(tiles) >= 2;
   plan.query_stages = query_stages(plan.folded ? tiles : 0);
   plan.key_stages =
       most_stages([&](int stages) { return HopperKeyShared<D>::bytes(stages, bias_bytes); });

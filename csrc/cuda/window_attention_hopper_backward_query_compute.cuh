@@ -242,9 +242,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1) window_attention_backward_h
     sync_some(1, 256);
     attend_queries<E, D, W, kTable>(arguments, memory, head, block, split);
     if constexpr (kTable) {
-      sync_some(1, 256);
-      store_pair_sums<W>(arguments, memory.pair_sums, head, split, arguments.walk.blocks, block,
-                         tiles);
+      using Shared = HopperQueryShared<D>;
+      static_assert(2 * (Shared::kStage + Shared::kTiles) >= kPairRoom);
+      sync_some(1, 256);  // nothing is read from tiles any more, and none are on their way
+      store_pair_sums<W>(arguments, memory.pair_sums, memory.ring, head, split,
+                         arguments.walk.blocks, block, tiles);
     }
   }
 #endif

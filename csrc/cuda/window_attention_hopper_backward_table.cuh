@@ -239,8 +239,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1) window_attention_backward_h
     fence_async_proxy();
     sync_some(1, 256);
     attend_pairs<E, D, W>(arguments, memory, pair);
-    sync_some(1, 256);
-    store_pair_sums<W>(arguments, memory.pair_sums, pair.head, pair.split,
+    static_assert(4 * HopperTableShared<D>::kPair >= kPairRoom);
+    sync_some(1, 256);  // nothing is read from tiles any more, and none are on their way
+    store_pair_sums<W>(arguments, memory.pair_sums, memory.ring, pair.head, pair.split,
                        arguments.walk.blocks * pair.key_blocks,
                        pair.query_block * pair.key_blocks + pair.key_block, pair.key_tiles);
   }
