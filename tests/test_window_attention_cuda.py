@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffit_kernels import native_library
+from diffit_kernels.dispatch import REGISTRY
 from diffit_kernels.ops import window_attention
 from diffit_kernels.ops.window_attention import native_cuda
 from tests import emulation
@@ -95,8 +96,9 @@ def test_time_token_and_bias_are_optional(case, family, time, bias, device):
 
 
 @pytest.mark.slow
-@of_both_families(["8x16, d 72"])
-def test_the_largest_window(case, family, device, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_the_largest_window(family, device, monkeypatch):
+    """32 x 32 tokens, as at 512 pixels."""
     monkeypatch.setitem(CUDA_CASES, "32x32", (1, 32, 32, 1, 72, (32, 32)))
     check("32x32", torch.bfloat16, device)
 
@@ -210,6 +212,18 @@ def test_memory_that_does_not_begin_at_a_chunk(device):
         moved.append(room[1:].view(tensor.shape).copy_(tensor))
         assert moved[-1].data_ptr() % 16
     assert_same(results(moved, shape), expected)
+
+
+@of_both_families(["windows 4x4", "8x16, d 72"])
+def test_as_compilers_see_it(case, family, device):
+    """Schema, fake results and gradients of the op; and a whole graph, traced."""
+    inputs, shape = make_case(case, device)
+    qkv, table, temb = (t.bfloat16().requires_grad_() for t in inputs)
+    op = REGISTRY["window_attention"].overload("native")
+    arguments = (qkv, temb, table, shape["num_heads"], list(shape["window_size"]), 0.2)
+    torch.library.opcheck(op, arguments)
+    call = torch.compile(fused(shape), backend="aot_eager", fullgraph=True)
+    assert_same([call(qkv, table, temb)], [fused(shape)(qkv, table, temb)])
 
 
 REFUSED = {
