@@ -1,4 +1,4 @@
-"""The Hopper family's backward where a block of threads walks over several windows, emulated.
+"""The Hopper family's backward where a block of threads walks over several windows.
 
 How windows are shared out is fixed for a GPU of 132 multiprocessors, so that takes many heads.
 """
@@ -31,7 +31,7 @@ WHEN = [("ascending", "early"), ("descending", "late"), ("random:1", "late")]
 
 
 @pytest.fixture(autouse=True)
-def cases(emulation_only, monkeypatch):  # noqa: F811
+def cases(monkeypatch):
     for name, case in CASES.items():
         monkeypatch.setitem(CUDA_CASES, name, case)
 
@@ -56,6 +56,7 @@ def test_neither_threads_nor_products_change_a_bit(
     when,
     family,  # noqa: F811
     device,  # noqa: F811
+    emulation_only,  # noqa: F811
     monkeypatch,
 ):
     """Products are done when they are waited for, or at once; see wgmma.cuh of the emulation."""
