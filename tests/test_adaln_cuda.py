@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffit_kernels.ops import adaln
-from diffit_kernels.ops.adaln import native_cuda
+from diffit_kernels.ops.adaln import native
 from tests import test_adaln
 from tests.parity import assert_close, assert_parity
 from tests.test_adaln import NAMES, fused, literal, make
@@ -129,9 +129,9 @@ def test_branch_without_a_gate_in_the_backward_op(dtype, device):
     """The op's own callers leave y out then; others need not."""
     x, y, dout, dresidual = (torch.randn(2, 5, 72, device=device).to(dtype) for _ in range(4))
     arguments = (y, None, None, None, None, None, 1e-6)
-    _, residual, mean, rstd = native_cuda.forward(x, *arguments)
+    _, residual, mean, rstd = native.forward(x, *arguments)
     with_y, without = (
-        native_cuda.backward(dout, dresidual, residual, t, *arguments[1:-1], mean, rstd, 1e-6)
+        native.backward(dout, dresidual, residual, t, *arguments[1:-1], mean, rstd, 1e-6)
         for t in (y, None)
     )
     assert torch.equal(with_y[0], without[0]) and torch.equal(with_y[1], without[0])
@@ -145,6 +145,6 @@ def test_infinite_and_nan_rows_stay_alone(device):
 
 
 def test_too_many_channels_are_refused(device):
-    x = torch.empty(1, 1, native_cuda.MOST_CHANNELS + 1, device=device)
+    x = torch.empty(1, 1, native.MOST_CHANNELS + 1, device=device)
     with pytest.raises(NotImplementedError, match="C must be at most 16384, got 16385"):
         adaln(x)

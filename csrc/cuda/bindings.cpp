@@ -1,6 +1,6 @@
 // Every op of the CUDA library, and its one file that includes torch: of torch's core alone, so
 // that it compiles beside a torch without CUDA too. The ops take contiguous tensors of the shapes
-// that diffit_kernels/ops/<stage>/native_cuda.py makes, and write into those it allocated, on the
+// that diffit_kernels/ops/<stage>/native*.py makes, and write into those it allocated, on the
 // current stream of the tensors' device. Compiled with DIFFIT_EMULATED, beside kernels that run on
 // the host, the ops take tensors on the CPU.
 #include <ATen/core/Tensor.h>

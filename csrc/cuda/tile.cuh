@@ -118,6 +118,15 @@ __device__ __forceinline__ void multiply(float (&acc)[M][D / 8][4], const uint32
   }
 }
 
+template <int N>
+__device__ __forceinline__ void scale_sums(float (&acc)[N][4], float factor) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[n][i] *= factor;
+  }
+}
+
 // A product's results as the next one's A: rounded, and in the same lanes.
 template <class E, int N>
 __device__ __forceinline__ void to_rows(uint32_t (&a)[N / 2][4], const float (&acc)[N][4]) {

@@ -28,6 +28,19 @@ struct Walk {
   int stages;  // 2: the next tile is copied meanwhile; 1: where shared memory has no room for it
 };
 
+// Where a head's numbers of token 0 lie: rows are 3C long in qkv, C in the others.
+template <class E>
+struct Head {
+  const E *q, *k, *v, *out, *dout;
+
+  __device__ __forceinline__ Head(const WindowAttention& a, int head)
+      : q(static_cast<const E*>(a.qkv) + head * a.head_dim),
+        k(q + a.channels()),
+        v(k + a.channels()),
+        out(static_cast<const E*>(a.out) + head * a.head_dim),
+        dout(static_cast<const E*>(a.grad_out) + head * a.head_dim) {}
+};
+
 struct ForwardArguments {
   WindowAttention a;
   Windows windows;
@@ -86,9 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   fill(kept, windows, a.table, head, a.heads);
   __syncthreads();
 
-  const E* const q = static_cast<const E*>(a.qkv) + head * D;
-  const E* const k = q + channels;
-  const E* const v = k + channels;
+  const Head<E> from(a, head);
   const auto copy = [&](int item, int key_tile, int buffer, int stage) {
     const int window = item / query_tiles * kWindows;
     const int64_t start = kWindows > 1 ? 0 : windows.start(window);
@@ -102,17 +113,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     unsigned char* const k_tile = k_tiles + stage * Tile<D>::bytes(kTileKeys);
     unsigned char* const v_tile = v_tiles + stage * Tile<D>::bytes(kTileKeys);
     if constexpr (kWindows > 1) {
-      copy_rows<E, D, 64, kThreads, 3>({q_tile, k_tile, v_tile}, {q, k, v}, 3 * channels,
-                                       [&](int row) { return row_of(row, 0); });
+      copy_rows<E, D, 64, kThreads, 3>({q_tile, k_tile, v_tile}, {from.q, from.k, from.v},
+                                       3 * channels, [&](int row) { return row_of(row, 0); });
     } else {
       if (key_tile == 0) {
         const int first = item % query_tiles * kQueries;
-        copy_rows<E, D, kQueries, kThreads, 1>({q_tile}, {q}, 3 * channels,
+        copy_rows<E, D, kQueries, kThreads, 1>({q_tile}, {from.q}, 3 * channels,
                                                [&](int row) { return row_of(row, first); });
       }
-      copy_rows<E, D, kTileKeys, kThreads, 2>({k_tile, v_tile}, {k, v}, 3 * channels, [&](int row) {
-        return row_of(row, key_tile * kTileKeys);
-      });
+      copy_rows<E, D, kTileKeys, kThreads, 2>(
+          {k_tile, v_tile}, {from.k, from.v}, 3 * channels,
+          [&](int row) { return row_of(row, key_tile * kTileKeys); });
     }
     commit_copies();
   };

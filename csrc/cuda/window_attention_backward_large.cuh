@@ -43,11 +43,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   fill(kept, windows, a.table, head, a.heads);
   __syncthreads();
 
-  const E* const q = static_cast<const E*>(a.qkv) + head * D;
-  const E* const k = q + channels;
-  const E* const v = k + channels;
-  const E* const dout = static_cast<const E*>(a.grad_out) + head * D;
-  const E* const out = static_cast<const E*>(a.out) + head * D;
+  const Head<E> from(a, head);
   const auto copy = [&](int item, int key_tile, int stage) {
     const int64_t start = windows.start(item / tiles);
     const auto row_of = [&](int token) -> int64_t {
@@ -55,11 +51,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     if (key_tile == 0) {
       const auto query_of = [&](int row) { return row_of(item % tiles * 64 + row); };
-      copy_rows<E, D, 64, kThreads, 1>({q_tile}, {q}, 3 * channels, query_of);
-      copy_rows<E, D, 64, kThreads, 2>({dout_tile, out_tile}, {dout, out}, channels, query_of);
+      copy_rows<E, D, 64, kThreads, 1>({q_tile}, {from.q}, 3 * channels, query_of);
+      copy_rows<E, D, 64, kThreads, 2>({dout_tile, out_tile}, {from.dout, from.out}, channels,
+                                       query_of);
     }
     copy_rows<E, D, 64, kThreads, 2>({k_tiles + stage * kTileBytes, v_tiles + stage * kTileBytes},
-                                     {k, v}, 3 * channels,
+                                     {from.k, from.v}, 3 * channels,
                                      [&](int row) { return row_of(key_tile * 64 + row); });
     commit_copies();
   };
@@ -137,11 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[0][n][i] *= a.scale;
-    }
+    scale_sums(acc[0], a.scale);
     E* rows[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -188,10 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   fill(kept, windows, a.table, head, a.heads);
   __syncthreads();
 
-  const E* const q = static_cast<const E*>(a.qkv) + head * D;
-  const E* const k = q + channels;
-  const E* const v = k + channels;
-  const E* const dout = static_cast<const E*>(a.grad_out) + head * D;
+  const Head<E> from(a, head);
   const auto copy = [&](int item, int query_tile, int stage) {
     const int window = item / tiles;
     const int64_t start = windows.start(window);
@@ -199,17 +189,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       return token < windows.tokens ? start + kept.offsets[token] : -1;
     };
     if (query_tile == 0) {
-      copy_rows<E, D, 64, kThreads, 2>({k_tile, v_tile}, {k, v}, 3 * channels,
+      copy_rows<E, D, 64, kThreads, 2>({k_tile, v_tile}, {from.k, from.v}, 3 * channels,
                                        [&](int row) { return row_of(item % tiles * 64 + row); });
     }
     const auto query_of = [&](int row) { return row_of(query_tile * 64 + row); };
-    copy_rows<E, D, 64, kThreads, 1>({q_tiles + stage * kTileBytes}, {q}, 3 * channels, query_of);
-    copy_rows<E, D, 64, kThreads, 1>({dout_tiles + stage * kTileBytes}, {dout}, channels, query_of);
+    copy_rows<E, D, 64, kThreads, 1>({q_tiles + stage * kTileBytes}, {from.q}, 3 * channels,
+                                     query_of);
+    copy_rows<E, D, 64, kThreads, 1>({dout_tiles + stage * kTileBytes}, {from.dout}, channels,
+                                     query_of);
     const int token = query_tile * 64 + threadIdx.x % 64;
     const bool valid = token < windows.tokens;
-    const float* from = threadIdx.x < 64 ? a.lse : arguments.delta;
-    from += (int64_t{window} * a.heads + head) * windows.tokens + (valid ? token : 0);
-    copy_async_4(statistics + stage * 128 + threadIdx.x, from, valid);
+    const float* of_row = threadIdx.x < 64 ? a.lse : arguments.delta;
+    of_row += (int64_t{window} * a.heads + head) * windows.tokens + (valid ? token : 0);
+    copy_async_4(statistics + stage * 128 + threadIdx.x, of_row, valid);
     commit_copies();
   };
 

@@ -43,10 +43,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   fill(kept, windows, a.table, head, a.heads);
   __syncthreads();
 
-  const E* const q = static_cast<const E*>(a.qkv) + head * D;
-  const E* const k = q + channels;
-  const E* const v = k + channels;
-  const E* const dout = static_cast<const E*>(a.grad_out) + head * D;
+  const Head<E> from(a, head);
   const auto copy = [&](int item, int stage) {
     unsigned char* const to = tiles + stage * 4 * kTileBytes;
     const auto row_of = [&](int row) -> int64_t {
@@ -54,9 +51,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (token >= windows.tokens || window >= windows.count) return -1;
       return windows.start(window) + kept.offsets[token];
     };
-    copy_rows<E, D, 64, kThreads, 3>({to, to + kTileBytes, to + 2 * kTileBytes}, {q, k, v},
-                                     3 * channels, row_of);
-    copy_rows<E, D, 64, kThreads, 1>({to + 3 * kTileBytes}, {dout}, channels, row_of);
+    copy_rows<E, D, 64, kThreads, 3>({to, to + kTileBytes, to + 2 * kTileBytes},
+                                     {from.q, from.k, from.v}, 3 * channels, row_of);
+    copy_rows<E, D, 64, kThreads, 1>({to + 3 * kTileBytes}, {from.dout}, channels, row_of);
     commit_copies();
   };
 
@@ -152,11 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       to_rows<E>(rounded[0], dscores[0]);
       float acc[1][D / 8][4] = {};
       multiply<E, D>(acc, rounded, k_tile, first_other);
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[0][n][i] *= a.scale;
-      }
+      scale_sums(acc[0], a.scale);
       store_rows(acc[0], dq[0], dq[1]);
       if (has_time) {
         load_rows(rows[0], dout_tile, first_row);  // again: registers are short in between
@@ -205,11 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < 4; ++i) acc[0][n][i] = 0;
       }
       multiply<E, D>(acc, rounded, q_tile, first_other);
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[0][n][i] *= a.scale;
-      }
+      scale_sums(acc[0], a.scale);
       store_rows(acc[0], dq[0] ? dq[0] + channels : nullptr, dq[1] ? dq[1] + channels : nullptr);
     }
     if (walk.stages == 2) {

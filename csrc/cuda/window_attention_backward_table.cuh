@@ -35,10 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   fill(kept, windows, a.table, head, a.heads);
   __syncthreads();
 
-  const E* const q = static_cast<const E*>(a.qkv) + head * D;
-  const E* const k = q + channels;
-  const E* const v = k + channels;
-  const E* const dout = static_cast<const E*>(a.grad_out) + head * D;
+  const Head<E> from(a, head);
   const auto copy = [&](int window, int stage) {
     unsigned char* const to = tiles_memory + stage * 4 * kTileBytes;
     const int64_t start = windows.start(window);
@@ -46,9 +43,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       return token < windows.tokens ? start + kept.offsets[token] : -1;
     };
     const auto query_of = [&](int row) { return row_of(query_tile * 64 + row); };
-    copy_rows<E, D, 64, kThreads, 1>({to}, {q}, 3 * channels, query_of);
-    copy_rows<E, D, 64, kThreads, 1>({to + kTileBytes}, {dout}, channels, query_of);
-    copy_rows<E, D, 64, kThreads, 2>({to + 2 * kTileBytes, to + 3 * kTileBytes}, {k, v},
+    copy_rows<E, D, 64, kThreads, 1>({to}, {from.q}, 3 * channels, query_of);
+    copy_rows<E, D, 64, kThreads, 1>({to + kTileBytes}, {from.dout}, channels, query_of);
+    copy_rows<E, D, 64, kThreads, 2>({to + 2 * kTileBytes, to + 3 * kTileBytes}, {from.k, from.v},
                                      3 * channels,
                                      [&](int row) { return row_of(key_tile * 64 + row); });
     commit_copies();

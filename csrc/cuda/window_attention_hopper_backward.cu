@@ -38,7 +38,8 @@ struct Plan {
   int key_tiles, query_splits, table_splits;
   int query_stages, key_stages, table_stages;
 
-  bool serves(const WindowAttention& a) const {
+  // Room for what is worked on and for what comes next: hopper_serves() has made sure of it.
+  bool fits(const WindowAttention& a) const {
     return query_stages >= 2 && key_stages >= 2 &&
            (folded || a.table.data == nullptr || table_stages >= 2);
   }
@@ -97,10 +98,6 @@ Plan plan_of(const WindowAttention& a) {
   return plan;
 }
 
-bool serves(const WindowAttention& a) {
-  return a.windows() > 0 && hopper_serves(a) && plan_of(a).serves(a);
-}
-
 struct TableSums {
   WindowAttention a;
   const float* parts;
@@ -133,6 +130,10 @@ template <class E, int D, int W>
 void backward(const WindowAttention& a, void* stream) {
   using Tile = HopperTile<D, kHopperRows>;
   const Plan plan = plan_of<D, W>(a);
+  if (!plan.fits(a)) {
+    throw std::runtime_error(std::string(describe("window_attention_backward for Hopper", a)) +
+                             ": no room in shared memory");
+  }
   const int bias_bytes = HopperBiases<W>::bytes(a.window_height), channels = a.channels();
   const auto maps = [&](const void* data, int of) {
     return Tile::maps(data, a.number, of, a, W, kHopperRows / W);
@@ -215,16 +216,11 @@ void backward(const WindowAttention& a, void* stream) {
 }  // namespace
 
 int64_t hopper_backward_scratch(const WindowAttention& a) {
-  const int64_t other = backward_scratch(a, Family::kTensorCores);
-  if (!serves(a)) return other;
   const Plan plan = plan_of(a);
-  return std::max(other, plan.delta_floats(a) + plan.dtemb_floats(a) + plan.dtable_floats(a));
+  return plan.delta_floats(a) + plan.dtemb_floats(a) + plan.dtable_floats(a);
 }
 
 void window_attention_backward_hopper(const WindowAttention& a, void* stream) {
-  if (!serves(a) || !hopper_serves_scale(a.scale)) {
-    return window_attention_backward(a, Family::kTensorCores, stream);
-  }
   with_element_and_head_dim(a, [&](auto element, auto head_dim) {
     with_width(a.window_width, [&](auto width) {
       backward<decltype(element), head_dim.value, width.value>(a, stream);

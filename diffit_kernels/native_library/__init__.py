@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from .cpu import CpuLibrary
-from .cuda import CudaLibrary
-from .library import cache_folder, switched_off, without_compiling
+from .cuda import OLDEST, CudaLibrary
+from .library import Library, cache_folder, switched_off, without_compiling
 
 __all__ = [
     "CPU",
     "CUDA",
     "cache_folder",
     "capability",
+    "of",
     "on_cuda",
     "switched_off",
+    "too_old",
     "without_compiling",
 ]
 
@@ -42,6 +44,11 @@ def on_cuda(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def of(tensor: Tensor) -> Library:
+    """The library whose kernels serve a tensor."""
+    return CUDA if on_cuda(tensor) else CPU
+
+
 @torch.compiler.assume_constant_result
 def capability(device: torch.device) -> int | None:
     """90 for a GPU of compute capability 9.0, None without a GPU (tensors that have no data may
@@ -50,3 +57,11 @@ def capability(device: torch.device) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why a GPU cannot run the CUDA kernels, whatever they are given, or None."""
+    found = capability(device)
+    if found is not None and found < OLDEST:
+        return f"native CUDA kernels need an sm_{OLDEST} GPU or newer, got sm_{found}"
+    return None

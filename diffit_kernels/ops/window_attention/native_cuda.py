@@ -13,7 +13,6 @@ from diffit_kernels import native_library
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 72, 96, 128)
 LARGEST_WINDOW = 32
-OLDEST = 80
 
 
 def can_run(qkv, temb, relative_position_bias_table, num_heads, window_size, scale) -> str | None:
@@ -25,9 +24,8 @@ def can_run(qkv, temb, relative_position_bias_table, num_heads, window_size, sca
         return f"head_dim must be one of {HEAD_DIMS} for native CUDA kernels, got {head_dim}"
     if max(window_size) > LARGEST_WINDOW:
         return f"a window's sides must be at most {LARGEST_WINDOW}, got {tuple(window_size)}"
-    capability = native_library.capability(qkv.device)
-    if capability is not None and capability < OLDEST:
-        return f"native CUDA kernels need an sm_{OLDEST} GPU or newer, got sm_{capability}"
+    if (reason := native_library.too_old(qkv.device)) is not None:
+        return reason
     return native_library.CUDA.refusal(temb, relative_position_bias_table)
 
 
