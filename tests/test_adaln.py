@@ -109,7 +109,7 @@ def test_strided_inputs(layout, backend, device):
 
 
 @pytest.mark.parametrize("parts", [NAMES, ("x", "weight", "bias")], ids="+".join)
-@pytest.mark.parametrize("shape", [(2, 70, 40), (1, 300, 8), (1, 9, 4100)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 70, 40), (1, 300, 8), (12, 128, 8), (1, 9, 4100)], ids=str)
 def test_many_rows_and_wide_ones(shape, parts, backend, device):
     """Several rows at once, several chunks of a sample, and sums that take a second launch."""
     assert_parity(fused, literal, make(shape, parts=parts, device=device), torch.float32)
