@@ -18,6 +18,7 @@ from diffit_kernels.ops import (
     time_projection,
     window_attention,
 )
+from tests.parity import assert_close
 
 ROOT = Path(__file__).parents[1]
 SETS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -97,6 +98,19 @@ def test_any_number_of_threads_gives_the_same_results(name, dtype):
                 assert torch.equal(ours, one)
             else:
                 torch.testing.assert_close(ours, one)
+
+
+def test_long_rows_of_probabilities_sum_to_one():
+    """Values of one give one: sums of 4096 exponentials keep their digits, forward and backward."""
+    qkv, table = torch.randn(1, 64, 64, 3 * 16), torch.randn(127**2, 1)
+    qkv[..., 32:] = 1
+    with use_backend("native"):
+        out = window_attention(qkv.requires_grad_(), table, num_heads=1, window_size=64)
+        out.backward(torch.ones_like(out))
+    eight_roundings = 8 * torch.finfo(torch.float32).eps
+    assert_close(out, torch.ones_like(out), eight_roundings)
+    sums = qkv.grad[..., 32:].double().sum((1, 2))
+    assert_close(sums, torch.full_like(sums, 64 * 64), eight_roundings, "sum of dv")
 
 
 def is_here(name):

@@ -103,13 +103,17 @@ class Softmax {
       const Vec shift = top == -std::numeric_limits<float>::infinity() ? Vec{} : top;
       const Vec fade = exp(before - shift);
       Vec total = load(total_ + n) * fade;
-      for (int64_t j = 0; j < keys; j += Elements::kNumbers) {
-        Vec powers[Elements::kNumbers];
-        for (int k = 0; k < Elements::kNumbers; ++k) {
-          powers[k] = j + k < keys ? exp(load(scores + (j + k) * lanes_ + n) - shift) : Vec{};
-          total += powers[k];
+      for (int64_t first = 0; first < keys; first += kTerms) {
+        Vec part{};  // as long a sum as a product's
+        for (int64_t j = first; j < std::min(keys, first + kTerms); j += Elements::kNumbers) {
+          Vec powers[Elements::kNumbers];
+          for (int k = 0; k < Elements::kNumbers; ++k) {
+            powers[k] = j + k < keys ? exp(load(scores + (j + k) * lanes_ + n) - shift) : Vec{};
+            part += powers[k];
+          }
+          store(scores + j / Elements::kNumbers * lanes_ + n, Elements::join(powers));
         }
-        store(scores + j / Elements::kNumbers * lanes_ + n, Elements::join(powers));
+        total += part;
       }
       store(top_ + n, top);
       store(total_ + n, total);

@@ -77,11 +77,15 @@ class Scores {
     for (int64_t n = 0; n < lanes; n += kLanes) {
       Vec top = load(scores + n), total{}, delta{};
       for (int64_t j = 1; j < keys_; ++j) top = max(top, load(scores + j * lanes + n));
-      for (int64_t j = 0; j < keys_; ++j) {
-        const Vec power = exp(load(scores + j * lanes + n) - top);
-        total += power;
-        delta += power * load(dprobs + j * lanes + n);
-        store(scores + j * lanes + n, power);
+      for (int64_t first = 0; first < keys_; first += kTerms) {
+        Vec sum{}, weighted{};  // as long as a product's sums
+        for (int64_t j = first; j < std::min(keys_, first + kTerms); ++j) {
+          const Vec power = exp(load(scores + j * lanes + n) - top);
+          sum += power;
+          weighted += power * load(dprobs + j * lanes + n);
+          store(scores + j * lanes + n, power);
+        }
+        total += sum, delta += weighted;
       }
       const First valid{static_cast<int>(block.count - n)};
       const bool padded = valid.lanes < kLanes;
