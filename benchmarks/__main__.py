@@ -10,9 +10,10 @@ def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="the tables of a file of rows, in Markdown")
-    report.add_argument("rows", type=Path, help="written by pytest benchmarks --benchmark-json")
-    report.add_argument("--baseline", default="literal", help="the provider to compare with")
+    report = commands.add_parser("report", help="pages, plots and the documents' tables from rows")
+    folders = "with rows.jsonl; without any: all of benchmarks/results, and the documents"
+    report.add_argument("folders", nargs="*", type=Path, metavar="DIR", help=folders)
+    report.add_argument("--check", action="store_true", help="write nothing, say what is stale")
     resources = commands.add_parser(
         "resources", help="registers, spills and shared memory of every kernel, without a GPU"
     )
@@ -21,14 +22,26 @@ def main(arguments: list[str]) -> int:
     resources.add_argument("--json", type=Path, help="also write the rows here")
     tune = commands.add_parser("tune", help="choose tile sizes on the GPU at hand")
     tune.add_argument("--budget", type=float, default=3600, help="seconds; run again to go on")
+    gpu = commands.add_parser("gpu", help="tests, tuning and all rows on a fresh CUDA machine")
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")
+    gpu.add_argument("--budget", type=float, default=540, help="seconds in all")
+    gpu.add_argument("--commit", help="of these sources, for rows of trees without git")
+    gpu.add_argument("--again", action="store_true", help="also repeat what has failed")
+    gpu.add_argument("--rehearse", action="store_true", help="as much of it as a CPU can run")
     for command in (resources, tune):
         command.add_argument("--only", default="", help="cases that match this pattern")
     given = parser.parse_args(arguments)
     if given.command == "report":
-        from benchmarks.report import report
+        from benchmarks.report.pages import run
 
-        print(report(given.rows, given.baseline))
-        return 0
+        try:
+            return run(given.folders, given.check)
+        except ValueError as wrong:
+            report.error(str(wrong))
+    if given.command == "gpu":
+        from benchmarks.gpu import run as run_stages
+
+        return run_stages(given.out, given.budget, given.commit, given.again, given.rehearse)
     if given.command == "tune":
         from benchmarks.tune import tune
 

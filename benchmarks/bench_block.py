@@ -1,72 +1,72 @@
-"""One block of the released model (1152 wide, 16 heads): fused against the literal equations."""
+"""One block of the released model (1152 wide, 16 heads): forward, and forward and backward."""
 
 import functools
 
 import pytest
 import torch
 
-from benchmarks.race import DEVICE, DIRECTIONS, DTYPES, REPLAYED, Provider, backends, results
-from diffit_kernels.model import DiffiTBlock
+import reference
+from benchmarks import race as races
+from benchmarks.models import (
+    FLOOR,
+    HEADS,
+    RESOLUTIONS,
+    WIDTH,
+    flops,
+    new_block,
+    products_alone,
+    sizes,
+    truth,
+)
+from benchmarks.peers import parameters
+from benchmarks.race import DEVICE, DIRECTIONS, DTYPES, REPLAYED
+from benchmarks.variants import VARIANTS, providers
 
 pytestmark = REPLAYED
-WIDTH, HEADS = 1152, 16
-SHAPES = {"256px": (4, 16), "512px": (1, 32)}  # name: (batch, grid side)
-FUSED = {f"fused, {name}": name for name in backends()}
-PROVIDERS = ["literal", "literal, torch.compile", *FUSED]
+BATCH = {"cpu": {"256px": 4, "512px": 1}, "cuda": {"256px": 64, "512px": 16}}[DEVICE]
 
 
-def make_block(size, dtype, backend=None):
-    """A block, literal without a backend and else fused, and its inputs: (B, N, C) and (B, C).
+def make(batch, side, train, dtype, exact=None):
+    """All providers of a case: gradients are of the tokens, the time token and all parameters.
 
-    Every call makes a block of its own, of the same values: none warms another's caches.
+    ``exact(block, inputs, grad)`` gives the float64 truth, by default that of ``reference/``.
     """
-    batch, side = size
-    torch.manual_seed(0)
-    block = DiffiTBlock(WIDTH, HEADS, side, 4.0).to(DEVICE)
-    torch.nn.init.normal_(block.attn.relative_position_bias_table)
-    tokens = torch.randn(batch, side * side, WIDTH, device=DEVICE)
-    time_token = torch.randn(batch, WIDTH, device=DEVICE)
-    block.use_fused_tmsa = block.attn.use_fused_tmsa = backend is not None
-    block.backend = block.attn.backend = backend
-    block, *inputs = (value.to(DTYPES[dtype]) for value in (block, tokens, time_token))
-    return block, inputs
+    block = new_block(side, dtype)
+    new = functools.partial(torch.randn, device=DEVICE, dtype=DTYPES[dtype])
+    inputs = [new(batch, side * side, WIDTH), new(batch, WIDTH)]
+    inputs = [t.requires_grad_(train) for t in inputs]
+    grad = torch.randn_like(inputs[0]) if train else None
+
+    def results(function):
+        return races.results(function, inputs, grad, block.parameters())
+
+    exact = functools.partial(exact or by_reference, block, inputs, grad)
+    floor = products_alone(block, batch * side * side, train=train)
+    return providers(block, results, exact) | {FLOOR: floor}
 
 
-def make(shape, direction, dtype):
-    """All providers of a case by name."""
-    train = direction != "forward"
-    grad = torch.randn_like(make_block(SHAPES[shape], dtype)[1][0]) if train else None
+def by_reference(block, inputs, grad):
+    """The block's outputs and gradients in float64 by its literal equations."""
+    (side, _) = window = block.attn.window_size
 
-    def provider(backend=None, compiled=False):
-        block, inputs = make_block(SHAPES[shape], dtype, backend)
-        function = torch.compile(block, dynamic=False) if compiled else block
-        inputs = [t.requires_grad_(train) for t in inputs]
-        role, parameters = "ours" if backend else "peer", list(block.parameters())
-        return Provider(function, inputs, grad, expected, role, parameters)
+    def function(parameters, x, temb):
+        x = x.unflatten(1, (side, side))
+        return reference.block(x, temb, parameters, HEADS, window).flatten(1, 2)
 
-    @functools.cache
-    def expected(computed_in):
-        block, inputs = make_block(SHAPES[shape], dtype)
-        block, *inputs = (value.to(computed_in) for value in (block, *inputs))
-        inputs = [t.requires_grad_(train) for t in inputs]
-        cotangent = grad.to(computed_in) if train else None
-        return results(block, inputs, cotangent, block.parameters())
-
-    return {
-        "literal": provider(),
-        "literal, torch.compile": provider(compiled=True),
-        **{name: provider(backend) for name, backend in FUSED.items()},
-    }
+    return truth(function, dict(block.named_parameters()), inputs, grad)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("provider", [*VARIANTS, FLOOR])
+@pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))
 def bench_block(race, shape, direction, dtype, provider):
-    batch, side = SHAPES[shape]
-    tokens = side**2
-    products = 2 * batch * tokens * 12 * WIDTH**2  # qkv 3, projection 1, MLP 8
-    attention = 4 * batch * tokens**2 * WIDTH
-    flops = (products + attention) * (1 if direction == "forward" else 3)
-    race(lambda: make(shape, direction, dtype), flops)
+    about, train = sizes(BATCH[shape], RESOLUTIONS[shape]), direction != "forward"
+    side = round(about["tokens"] ** 0.5)
+    race(
+        lambda: make(about["batch"], side, train, dtype),
+        sizes=about,
+        flops=flops(about, train),
+        floor=FLOOR,
+        queued=True,
+    )

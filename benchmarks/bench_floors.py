@@ -1,25 +1,24 @@
 """What this machine can do at most: large products, a block's four products, and a copy."""
 
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.race import DEVICE, DTYPES, REPLAYED, Provider, literally
+from benchmarks.race import DEVICE, DTYPES, REPLAYED, literally, moved_bytes, provider
+from diffit_kernels.ops import native_products
 
 pytestmark = REPLAYED
-SQUARE, TOKENS, WIDTH = 2048, 1024, 1152
-PRODUCTS = {  # name: (rows, columns of the input, columns of the output)
-    "qkv": (TOKENS, WIDTH, 3 * WIDTH),
-    "projection": (TOKENS, WIDTH, WIDTH),
-    "fc1": (TOKENS, WIDTH, 4 * WIDTH),
-    "fc2": (TOKENS, 4 * WIDTH, WIDTH),
+ON_GPU = DEVICE == "cuda"
+SQUARE, BATCH, TOKENS, WIDTH = (8192 if ON_GPU else 2048), (64 if ON_GPU else 4), 256, 1152
+COPY_MIB = 1024 if ON_GPU else 64
+PRODUCTS = {  # name: (columns of the input, columns of the output)
+    "qkv": (WIDTH, 3 * WIDTH),
+    "projection": (WIDTH, WIDTH),
+    "fc1": (WIDTH, 4 * WIDTH),
+    "fc2": (4 * WIDTH, WIDTH),
 }
-LINEAR = {"F.linear": F.linear}
-if DEVICE == "cpu" and importlib.util.find_spec("diffit_kernels.ops.native_products"):
-    from diffit_kernels.ops import native_products
-
+LINEAR = {"F.linear": F.linear}  # by the libraries at hand
+if DEVICE == "cpu":
     LINEAR["native_products.linear"] = native_products.linear
 
 
@@ -33,34 +32,46 @@ def random(dtype, *shapes):
 def bench_large_product(race, dtype, provider):
     def make():
         inputs = random(dtype, (SQUARE, SQUARE), (SQUARE, SQUARE))
-        return {provider: Provider(torch.mm, inputs, None, literally(torch.mm, inputs), "floor")}
+        return {"torch.mm": floor(torch.mm, inputs, torch.mm)}
 
-    race(make, flops=2 * SQUARE**3)
+    race(make, sizes={"tokens": SQUARE, "channels": SQUARE}, flops=2 * SQUARE**3, queued=True)
 
 
 @pytest.mark.parametrize("provider", LINEAR)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("product", PRODUCTS)
 def bench_products(race, product, dtype, provider):
-    rows, inner, columns = PRODUCTS[product]
+    inner, columns = PRODUCTS[product]
+    shapes = (BATCH, TOKENS, inner), (columns, inner), (columns,), (BATCH, TOKENS, columns)
 
     def make():
-        inputs = random(dtype, (rows, inner), (columns, inner), (columns,))
-        expected = literally(F.linear, inputs)
-        return {n: Provider(f, inputs, None, expected, "floor") for n, f in LINEAR.items()}
+        x, weight, bias = random(dtype, *shapes[:3])
+        inputs = [x, weight * inner**-0.5, bias]
+        return {name: floor(function, inputs, F.linear) for name, function in LINEAR.items()}
 
-    race(make, flops=2 * rows * inner * columns)
+    *needed, out = (torch.empty(n, dtype=DTYPES[dtype], device="meta") for n in shapes)
+    race(
+        make,
+        sizes={"batch": BATCH, "tokens": TOKENS, "channels": inner},
+        flops=2 * BATCH * TOKENS * inner * columns,
+        moved=moved_bytes(needed, [out], False),
+        queued=True,
+    )
 
 
 @pytest.mark.parametrize("provider", ["Tensor.copy_"])
-@pytest.mark.parametrize("size", ["64 MiB"])
-def bench_copy(race, size, provider):
+@pytest.mark.parametrize("dtype", ["float32"])
+@pytest.mark.parametrize("size", [f"{COPY_MIB} MiB"])
+def bench_copy(race, size, dtype, provider):
     """Into memory that is there: each byte is read once and written once."""
-    count = int(size.split()[0]) * 2**20
+    count = COPY_MIB * 2**20
 
     def make():
-        (source,) = random("float32", (count // 4,))
-        copy = torch.empty_like(source).copy_
-        return {provider: Provider(copy, [source], None, literally(torch.clone, [source]), "floor")}
+        (source,) = random(dtype, (count // 4,))
+        return {"Tensor.copy_": floor(torch.empty_like(source).copy_, [source], torch.clone)}
 
-    race(make, moved=2 * count)
+    race(make, sizes={}, moved=2 * count, queued=True)
+
+
+def floor(function, inputs, literal):
+    return provider(function, inputs, None, literally(literal, inputs), "floor")

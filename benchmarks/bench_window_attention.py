@@ -1,69 +1,76 @@
 """The attention alone, with its bias, against what computes the same in PyTorch.
 
 Peers get q, k and v as they like them: contiguous, by head, the time token's parts added. Ours get
-the packed qkv, the time token's parts and the table. Forward, the peers' bias is expanded
-beforehand; in training its table is a parameter, so they gather the bias in every step.
+the packed qkv, the time token's parts and the table. Forward, the bias of peers that take one is
+expanded beforehand; in training its table is a parameter, so they gather the bias in every step.
+FlexAttention looks it up in the table. Floors compute the same without a bias.
 """
 
 import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import reference
+from benchmarks import peers
 from benchmarks.race import (
     DEVICE,
     DIRECTIONS,
     DTYPES,
     REPLAYED,
-    Provider,
     backends,
     literally,
+    moved_bytes,
+    provider,
 )
 from diffit_kernels.ops import window_attention
 from diffit_kernels.positions import relative_position_index
 
 pytestmark = REPLAYED
-SHAPES = {  # window: (windows, heads, side, head_dim)
-    "16x16": (4, 16, 16, 72),  # the released models at 256 pixels, and at 512
-    "32x32": (2, 16, 32, 72),
-    "4x4": (512, 4, 4, 32),  # windows of image-space models
-    "8x8": (256, 4, 8, 64),
-}
+FULL = ("32x32", "4x4")
+if DEVICE == "cuda":
+    SHAPES = {  # window: (windows, heads, side, head_dim)
+        "16x16": (64, 16, 16, 72),  # the released models at 256 pixels, and at 512
+        "32x32": (16, 16, 32, 72),
+        "8x8": (4096, 8, 8, 32),  # windows of image-space models
+        "4x4": (16384, 8, 4, 32),
+    }
+else:
+    SHAPES = {
+        "16x16": (4, 16, 16, 72),
+        "32x32": (2, 16, 32, 72),
+        "8x8": (256, 4, 8, 64),
+        "4x4": (512, 4, 4, 32),
+    }
 FUSED = {f"fused, {name}": name for name in backends("window_attention")}
+SDPA_BY = {f"SDPA {name}": name for name in ("efficient", "cuDNN", "math")}
+FLOORS_BY = {f"SDPA {name} without bias": name for name in ("flash", "cuDNN")}
+FLASH = {f"{name} without bias": name for name in peers.FLASH_ATTENTION}
 PROVIDERS = [
-    "literal",
-    "literal, torch.compile",
-    "SDPA",
-    "SDPA, torch.compile",
+    *peers.with_compiled_names("literal"),
+    *peers.with_compiled_names("SDPA"),
+    *SDPA_BY,
+    "FlexAttention",
     "SDPA without bias",
+    *FLOORS_BY,
+    *FLASH,
     *FUSED,
 ]
-
-
-def literal(q, k, v, bias):
-    return (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1) @ v
-
-
-def sdpa(q, k, v, bias=None):
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class Problem:
     """The inputs of a case, as ours take them and as the peers do, and the oracle for both."""
 
     def __init__(self, shape, direction, dtype):
-        batch, self.heads, self.side, self.head_dim = SHAPES[shape]
-        channels, table_rows = self.heads * self.head_dim, (2 * self.side - 1) ** 2
+        _, self.heads, self.side, self.head_dim = SHAPES[shape]
+        self.train = direction != "forward"
+        self.index = relative_position_index((self.side, self.side), torch.device(DEVICE))
         torch.manual_seed(0)
         new = functools.partial(torch.randn, dtype=DTYPES[dtype], device=DEVICE)
-        qkv, temb = new(batch, self.side, self.side, 3 * channels), new(batch, 2 * channels)
-        table, grad = new(table_rows, self.heads), new(batch, self.side, self.side, channels)
-        self.train = direction != "forward"
-        self.index = relative_position_index((self.side, self.side), qkv.device)
+        qkv, temb, table, grad = (new(size) for size in packed_sizes(shape))
         self.packed = (qkv, temb, table)
         self.split = (*self.by_head(self.with_time(qkv, temb)), table)
+        self.expanded = self.bias(table)
         self.grad, self.grad_by_head = (grad, *self.by_head(grad)) if self.train else (None, None)
         for leaf in (*self.packed, *self.split):
             leaf.requires_grad_(self.train)
@@ -94,46 +101,104 @@ class Problem:
         return self.by_head(self.oracle(qkv, None, table))[0]
 
 
+def packed_sizes(shape):
+    """qkv, temb, table and out."""
+    windows, heads, side, head_dim = SHAPES[shape]
+    channels, grid = heads * head_dim, (windows, side, side)
+    return (
+        (*grid, 3 * channels),
+        (windows, 2 * channels),
+        ((2 * side - 1) ** 2, heads),
+        (*grid, channels),
+    )
+
+
 def make(shape, direction, dtype):
     """All providers of a case by name."""
     problem = Problem(shape, direction, dtype)
-    *qkv, table = problem.split
     expected = literally(problem.oracle_by_head, problem.split, problem.grad_by_head)
     expected_packed = literally(problem.oracle, problem.packed, problem.grad)
-    expected_no_bias = literally(problem.oracle_by_head, qkv, problem.grad_by_head)
 
-    def peer(attention, compiled=False):
-        def with_table(q, k, v, table):
-            return attention(q, k, v, problem.bias(table))
+    def peer(attention):
+        """Of a function of q, k, v and the bias, or what it stands for instead."""
+        if isinstance(attention, str):
+            return attention
+        if problem.train:
+            return provider(gathering(attention), problem.split, problem.grad_by_head, expected)
+        return provider(attention, (*problem.split[:3], problem.expanded), None, expected)
 
-        function = with_table if problem.train else attention
-        inputs = (*qkv, table if problem.train else problem.bias(table))
-        function = torch.compile(function, dynamic=False) if compiled else function
-        return Provider(function, inputs, problem.grad_by_head, expected)
+    def gathering(attention):
+        return lambda q, k, v, table: attention(q, k, v, problem.bias(table))
 
     def fused(backend):
-        def attention(qkv, temb, table):
-            options = {"num_heads": problem.heads, "window_size": problem.side}
-            return window_attention(qkv, table, temb, backend=backend, **options)
+        options = {"num_heads": problem.heads, "window_size": problem.side, "backend": backend}
 
-        return Provider(attention, problem.packed, problem.grad, expected_packed, "ours")
+        def attention(qkv, temb, table):
+            return window_attention(qkv, table, temb, **options)
+
+        inputs = (problem.packed, problem.grad, expected_packed)
+        return provider(attention, *inputs, "ours", backend=backend)
+
+    flex = peers.flex(problem.side, problem.train)
+    if not isinstance(flex, str):
+        flex = provider(flex, problem.split, problem.grad_by_head, expected)
+    return {
+        **peers.with_compiled("literal", peers.literal, peer),
+        **peers.with_compiled("SDPA", peers.sdpa, peer),
+        **{name: peer(peers.sdpa_by(backend)) for name, backend in SDPA_BY.items()},
+        "FlexAttention": flex,
+        **floors(problem, DTYPES[dtype]),
+        **{name: fused(backend) for name, backend in FUSED.items()},
+    }
+
+
+def floors(problem, dtype):
+    """What computes the attention without a bias, by name."""
+    qkv, grad = problem.split[:3], problem.grad_by_head
+    expected = literally(problem.oracle_by_head, qkv, grad)
+
+    def by_head(attention):
+        if isinstance(attention, str):
+            return attention
+        return provider(attention, qkv, grad, expected, "floor")
+
+    def by_token(attention):
+        """(B, L, nH, d), contiguous: as FlashAttention likes them."""
+        if isinstance(attention, str):
+            return attention
+        swapped = [t.detach().transpose(1, 2).contiguous() for t in qkv]
+        inputs = [t.requires_grad_(problem.train) for t in swapped]
+        cotangent = None if grad is None else grad.transpose(1, 2).contiguous()
+
+        def oracle(*inputs):
+            return problem.oracle_by_head(*(t.transpose(1, 2) for t in inputs)).transpose(1, 2)
+
+        truth = literally(oracle, inputs, cotangent)
+        return provider(attention, inputs, cotangent, truth, "floor")
 
     return {
-        "literal": peer(literal),
-        "literal, torch.compile": peer(literal, compiled=True),
-        "SDPA": peer(sdpa),
-        "SDPA, torch.compile": peer(sdpa, compiled=True),
-        "SDPA without bias": Provider(sdpa, qkv, problem.grad_by_head, expected_no_bias, "floor"),
-        **{name: fused(backend) for name, backend in FUSED.items()},
+        "SDPA without bias": by_head(peers.sdpa),
+        **{name: by_head(peers.sdpa_by(backend)) for name, backend in FLOORS_BY.items()},
+        **{name: by_token(peers.flash_attention(which, dtype)) for name, which in FLASH.items()},
     }
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", peers.parameters(SHAPES, full=FULL))
 def bench_window_attention(race, shape, direction, dtype, provider):
-    batch, heads, side, head_dim = SHAPES[shape]
-    products = 2 if direction == "forward" else 6  # the backward's second q kᵀ does not count
-    flops = products * 2 * batch * heads * side**4 * head_dim
-    race(lambda: make(shape, direction, dtype), flops)
+    windows, heads, side, head_dim = SHAPES[shape]
+    train = direction != "forward"
+    products = 6 if train else 2  # the backward's second q kᵀ does not count
+    *inputs, out = (
+        torch.empty(size, dtype=DTYPES[dtype], device="meta") for size in packed_sizes(shape)
+    )
+    sizes = {"windows": windows, "tokens": side**2, "heads": heads, "head_dim": head_dim}
+    race(
+        lambda: make(shape, direction, dtype),
+        sizes=sizes | {"window": side},
+        flops=products * 2 * windows * heads * side**4 * head_dim,
+        moved=moved_bytes(inputs, [out], train),
+        queued=True,
+    )

@@ -3,8 +3,6 @@
 A case is a function of dtype and device that runs a stage's Triton forward and backward.
 """
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -21,18 +19,6 @@ DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,  # where PyTorch's own products may use it
 }
-
-
-@contextlib.contextmanager
-def with_dtype(dtype: str) -> Iterator[None]:
-    """Within the context float32 products are tf32 if ``dtype`` says so, and only then."""
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 def attention(

@@ -1,15 +1,76 @@
-"""What the entries share: the race, and what a row says about where it was measured."""
+"""What the entries share: options, the race, and what a row says about where it was measured."""
+
+import math
+import time
+from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.race import DEVICE, enter
+from benchmarks import rows
+from benchmarks.measure import DEVICE
+from benchmarks.race import Case, enter, has_run
+
+FULL = pytest.mark.full  # a case of real size
+SMALL_BUDGET, FULL_BUDGET = 0.5, 1.5  # seconds of a race for each provider
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("diffit_kernels benchmarks")
+    group.addoption("--full", action="store_true", help="real sizes as well: an hour on two cores")
+    group.addoption("--rows", type=Path, help="append a row of each result to this file")
+    group.addoption("--resume", action="store_true", help="leave out what --rows has of this code")
+    budget = "seconds; no race is begun after them"
+    group.addoption("--budget", type=float, default=math.inf, help=budget)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: real sizes, run with --full")
+    if config.getoption("--resume") and not config.getoption("--rows"):
+        raise pytest.UsageError("--resume: needs --rows, the file to go on with")
+    config.deadline = time.monotonic() + config.getoption("--budget")
+
+
+@pytest.hookimpl(trylast=True)  # after -k
+def pytest_collection_modifyitems(config, items):
+    entries = [item for item in items if "case" in item.fixturenames]
+    left_out = []
+    if not config.getoption("--full"):
+        left_out = [item for item in entries if item.get_closest_marker("full")]
+    if config.getoption("--resume"):
+        left_out += _measured(config.getoption("--rows"), entries)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _measured(path: Path, entries: list[pytest.Item]) -> list[pytest.Item]:
+    """Entries of the races that a file has whole, run on this device by the code as it is.
+
+    What has failed is left out of a race that is to be run: it may have ended a run before.
+    """
+    here = {"device": rows.device_name(), "sources": rows.sources()}
+    found = [row for row in rows.read(path) if here.items() <= row.items()] if path.exists() else []
+    known = {(row["case"], row["provider"]): row["status"] for row in found}
+    cases: dict[str, dict[pytest.Item, str | None]] = {}
+    for item in entries:
+        status = known.get((_case(item), item.callspec.params["provider"]))
+        cases.setdefault(_case(item), {})[item] = status
+    return [
+        item
+        for rivals in cases.values()
+        for item, status in rivals.items()
+        if status == "failed" or None not in rivals.values()
+    ]
 
 
 def _case(item: pytest.Item) -> str:
     """What the entries of one race have in common: benchmark and parameters but the provider."""
     values = [value for name, value in item.callspec.params.items() if name != "provider"]
-    return f"{item.originalname.removeprefix('bench_')} {', '.join(values)}"
+    return f"{_benchmark(item)} {', '.join(values)}"
+
+
+def _benchmark(item: pytest.Item) -> str:
+    return item.originalname.removeprefix("bench_")
 
 
 @pytest.fixture
@@ -22,21 +83,37 @@ def case(request, benchmark):
 
 @pytest.fixture
 def race(request, benchmark, case):
-    """``race(make, flops)``: this entry's part in the race of its case (see benchmarks/race.py).
+    """``race(make, sizes, flops, moved)``: this entry's part in its case's race (see race.py).
 
-    ``make()`` gives the case's providers by name; ``flops`` is the useful arithmetic of a step,
-    without what a provider computes twice, and ``moved`` the bytes, where that is the question.
-    The others in the race are the entries selected.
+    ``make()`` gives the case's providers by name, or the reason why one is missing. The others are
+    :class:`benchmarks.race.Case`'s; the rivals are the entries selected.
     """
+    config, params = request.config, request.node.callspec.params
     entries = [item for item in request.session.items if "race" in item.fixturenames]
     rivals = [item.callspec.params["provider"] for item in entries if _case(item) == case]
+    path = config.getoption("--rows")
 
-    def run(make, flops=None, moved=None):
-        name = request.node.callspec.params["provider"]
-        result = enter(benchmark, case, name, make, rivals)
-        benchmark.extra_info |= {"role": result.role, "max_error": result.error}
+    def run(make, sizes, **facts):
+        if time.monotonic() > config.deadline and not has_run(case):
+            pytest.skip(f"the budget of {config.getoption('--budget'):.0f} s is spent")
+        about = Case(
+            name=case,
+            benchmark=_benchmark(request.node),
+            parameters={name: value for name, value in params.items() if name != "provider"},
+            dtype=params["dtype"],
+            sizes=sizes,
+            budget=FULL_BUDGET if config.getoption("--full") else SMALL_BUDGET,
+            **facts,
+        )
+        record = (lambda found: rows.append(path, found)) if path else (lambda found: None)
+        result = enter(benchmark, about, params["provider"], make, rivals, record)
+        benchmark.extra_info |= {
+            "role": result.role,
+            "max_error": result.error,
+            "peak_mib": result.peak_mib,
+        }
         if benchmark.enabled:
-            rates = {"gflop_per_s": flops, "gb_per_s": moved}
+            rates = {"gflop_per_s": about.flops, "gb_per_s": about.moved}
             billions_per_s = 1e-9 / benchmark.stats.stats.median
             benchmark.extra_info |= {k: n * billions_per_s for k, n in rates.items() if n}
 
@@ -44,16 +121,6 @@ def race(request, benchmark, case):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Processor, versions and threads; no names of hosts."""
-    cpu = machine_info.get("cpu", {})
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    kept = {
-        "cpu": cpu.get("brand_raw", machine_info.get("processor")),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "gpu": device,
-        "python": machine_info.get("python_version"),
-        "torch": torch.__version__,
-    }
+    """What a row says of where it was measured; no names of hosts."""
     machine_info.clear()
-    machine_info.update(kept)
+    machine_info.update(rows.where())

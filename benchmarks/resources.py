@@ -21,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.cases import CASES, DTYPES, with_dtype
+from benchmarks.cases import CASES, DTYPES
+from benchmarks.measure import with_dtype
 from diffit_kernels.ops.triton_launch import Call, recording
 
 # Bytes of shared memory a thread block may have (CUDA C++ Programming Guide).

@@ -20,7 +20,8 @@ import torch
 import triton
 from tqdm import tqdm
 
-from benchmarks.cases import CASES, DTYPES, with_dtype
+from benchmarks.cases import CASES, DTYPES
+from benchmarks.measure import with_dtype
 from benchmarks.resources import compile_call, problems, record
 from diffit_kernels.ops.triton_launch import (
     TUNABLES,

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 
-from benchmarks import cases, resources, tune
+from benchmarks import cases, measure, resources, tune
 from diffit_kernels.ops import triton_launch, window_attention
 from diffit_kernels.ops.triton_launch import Config, Tunable, forcing, key_text, keys_used
 from diffit_kernels.ops.window_attention import launch as tiles
@@ -185,7 +185,7 @@ def compiled(folder, *arguments):
 @pytest.mark.parametrize("dtype, precision", [("tf32", "tf32"), ("float32", "ieee")])
 def test_float32_products_are_tf32_where_pytorch_allows_it(dtype, precision):
     before = torch.backends.cuda.matmul.fp32_precision
-    with cases.with_dtype(dtype):
+    with measure.with_dtype(dtype):
         assert triton_launch.dtype_name(torch.float32) == dtype
         assert triton_launch.dot_precision(torch.float32) == precision
         assert triton_launch.dot_precision(torch.bfloat16) == "ieee"

@@ -1,0 +1,1 @@
+"""From rows to what people look at: pages.py for files, tables.py, plots.py by drawing.py."""
