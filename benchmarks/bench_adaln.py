@@ -99,7 +99,7 @@ def make(case, direction, dtype):
     }
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", peers.parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", peers.parameters(WITHOUT_PRODUCTS, full=["bfloat16"]))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("form", CASES)

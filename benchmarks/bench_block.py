@@ -56,7 +56,7 @@ def by_reference(block, inputs, grad):
     return truth(function, dict(block.named_parameters()), inputs, grad)
 
 
-@pytest.mark.parametrize("provider", [*VARIANTS, FLOOR])
+@pytest.mark.parametrize("provider", parameters([*VARIANTS, FLOOR]))
 @pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))

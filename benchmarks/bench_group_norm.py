@@ -58,7 +58,7 @@ def make(direction, dtype):
     }
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", peers.parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", peers.parameters(WITHOUT_PRODUCTS, full=["bfloat16"]))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def bench_group_norm(race, direction, dtype, provider):

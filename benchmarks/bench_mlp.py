@@ -99,7 +99,7 @@ def make(direction, dtype):
     }
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", peers.parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", peers.parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def bench_mlp(race, direction, dtype, provider):

@@ -42,7 +42,7 @@ def make(about, dtype, train=False):
     return providers(model, results, exact) | {FLOOR: floor}
 
 
-@pytest.mark.parametrize("provider", [*VARIANTS, FLOOR])
+@pytest.mark.parametrize("provider", parameters([*VARIANTS, FLOOR]))
 @pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("depth", parameters(["2", "28"], full=["28"]))
 @pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))

@@ -45,21 +45,21 @@ def of_block(race, batch, resolution):
     )
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", [DTYPE])
 @pytest.mark.parametrize("batch", parameters(BATCHES, full=BATCHES[1:]))
 def bench_scaling_batch(race, batch, dtype, provider):
     of_block(race, int(batch), 256)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", [DTYPE])
 @pytest.mark.parametrize("tokens", parameters(TOKENS, full=list(TOKENS)[1:]))
 def bench_scaling_tokens(race, tokens, dtype, provider):
     of_block(race, 1, TOKENS[tokens])
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", [DTYPE])
 @pytest.mark.parametrize("depth", parameters(DEPTHS, full=DEPTHS[1:]))
 def bench_scaling_depth(race, depth, dtype, provider):

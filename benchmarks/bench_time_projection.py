@@ -83,7 +83,7 @@ def make_blocks(blocks, direction, dtype):
     }
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", peers.parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", peers.parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("depth", peers.parameters(BLOCKS, full=["28 blocks"]))
@@ -141,7 +141,7 @@ def make_tokens(direction, dtype):
     }
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", peers.parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", peers.parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def bench_time_projection(race, direction, dtype, provider):

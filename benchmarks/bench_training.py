@@ -66,7 +66,7 @@ def make(about, dtype):
     return providers(model, results, exact, step=step) | {FLOOR: floor}
 
 
-@pytest.mark.parametrize("provider", [*VARIANTS, FLOOR])
+@pytest.mark.parametrize("provider", parameters([*VARIANTS, FLOOR]))
 @pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))

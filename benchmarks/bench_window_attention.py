@@ -183,7 +183,7 @@ def floors(problem, dtype):
     }
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", peers.parameters(PROVIDERS))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", peers.parameters(SHAPES, full=FULL))

@@ -11,12 +11,12 @@ from benchmarks.measure import DEVICE
 from benchmarks.race import Case, enter, has_run
 
 FULL = pytest.mark.full  # a case of real size
-SMALL_BUDGET, FULL_BUDGET = 0.5, 1.5  # seconds of a race for each provider
+SMALL_BUDGET, FULL_BUDGET = 0.5, 1.0  # seconds of a race for each provider
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("diffit_kernels benchmarks")
-    group.addoption("--full", action="store_true", help="real sizes as well: an hour on two cores")
+    group.addoption("--full", action="store_true", help="real sizes as well: two hours on two cores")
     group.addoption("--rows", type=Path, help="append a row of each result to this file")
     group.addoption("--resume", action="store_true", help="leave out what --rows has of this code")
     budget = "seconds; no race is begun after them"

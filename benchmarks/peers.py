@@ -21,7 +21,6 @@ from benchmarks.race import Provider
 # Not "max-autotune": its CUDA graphs copy every input that is no module's parameter, and save only
 # the host's time, which is left out of a single op's durations anyway.
 AUTOTUNED = "max-autotune-no-cudagraphs"
-NO_AUTOTUNING = "compiles for minutes on a CPU"
 SDPA_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -41,7 +40,9 @@ LAYER_NORMS = {
 
 
 def parameters(names: Iterable[str], full: Iterable[str] = ()) -> list:
-    """Values of an entry's parameter, of which a CPU leaves those in ``full`` to ``--full``."""
+    """Values of an entry's parameter, of which a CPU leaves those in ``full`` to ``--full``, and of
+    providers those that are autotuned."""
+    full = [*full, *(name for name in names if name.endswith("max-autotune"))]
     marks = {name: pytest.mark.full for name in full if DEVICE == "cpu"}
     return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
@@ -58,11 +59,10 @@ def with_compiled_names(name: str) -> list[str]:
 
 def with_compiled(
     name: str, function: Callable, enter: Callable[[Callable], Provider]
-) -> dict[str, Provider | str]:
+) -> dict[str, Provider]:
     """A function as it is and compiled in two modes; ``enter`` makes a provider of each."""
-    tuned = enter(compiled(function, AUTOTUNED)) if DEVICE == "cuda" else NO_AUTOTUNING
-    providers = (enter(function), enter(compiled(function)), tuned)
-    return dict(zip(with_compiled_names(name), providers, strict=True))
+    modes = (function, compiled(function), compiled(function, AUTOTUNED))
+    return dict(zip(with_compiled_names(name), map(enter, modes), strict=True))
 
 
 def literal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

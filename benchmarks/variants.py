@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import NO_AUTOTUNING, compiled, sdpa
+from benchmarks.peers import compiled, sdpa
 from benchmarks.race import DEVICE, Provider, backends
 from diffit_kernels.dispatch import PREFERENCE
 from diffit_kernels.model import DiffiT, DiffiTBlock, TimeDependentAttention
@@ -112,8 +112,8 @@ def providers(
     *,
     call: Callable[[nn.Module], Callable[..., Tensor]] = lambda module: module,
     step: Callable[[Callable[..., Tensor]], object] | None = None,
-) -> dict[str, Provider | str]:
-    """Every variant of a literal module as a provider, or the reason why it is missing.
+) -> dict[str, Provider]:
+    """Every variant of a literal module as a provider.
 
     Args:
         results: what is verified of a variant's function: outputs and gradients.
@@ -128,9 +128,7 @@ def providers(
         found = exact() if dtype == torch.float64 else results(literal)
         return tuple(result.detach() for result in found)
 
-    def provider(variant: Variant) -> Provider | str:
-        if variant.mode == MAX_AUTOTUNE and DEVICE == "cpu":
-            return NO_AUTOTUNING
+    def provider(variant: Variant) -> Provider:
         own = twin(module)
         variant.change(own)
         function = variant.wrap(call(own))
