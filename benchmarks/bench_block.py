@@ -13,6 +13,7 @@ from benchmarks.models import (
     RESOLUTIONS,
     WIDTH,
     flops,
+    moved,
     new_block,
     products_alone,
     sizes,
@@ -67,6 +68,7 @@ def bench_block(race, shape, direction, dtype, provider):
         lambda: make(about["batch"], side, train, dtype),
         sizes=about,
         flops=flops(about, train),
+        moved=moved(about, dtype, train),
         floor=FLOOR,
         queued=True,
     )

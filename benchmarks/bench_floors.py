@@ -10,7 +10,7 @@ from diffit_kernels.ops import native_products
 pytestmark = REPLAYED
 ON_GPU = DEVICE == "cuda"
 SQUARE, BATCH, TOKENS, WIDTH = (8192 if ON_GPU else 2048), (64 if ON_GPU else 4), 256, 1152
-COPY_MIB = 1024 if ON_GPU else 64
+COPY_MIB = 1024 if ON_GPU else 256
 PRODUCTS = {  # name: (columns of the input, columns of the output)
     "qkv": (WIDTH, 3 * WIDTH),
     "projection": (WIDTH, WIDTH),

@@ -13,6 +13,7 @@ from benchmarks.models import (
     RESOLUTIONS,
     flops,
     model_inputs,
+    moved,
     new_model,
     products_alone,
     sizes,
@@ -48,4 +49,10 @@ def make(about, dtype, train=False):
 @pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))
 def bench_model(race, shape, depth, dtype, provider):
     about = sizes(BATCH[shape], RESOLUTIONS[shape], int(depth))
-    race(lambda: make(about, dtype), sizes=about, flops=flops(about), floor=FLOOR)
+    race(
+        lambda: make(about, dtype),
+        sizes=about,
+        flops=flops(about),
+        moved=moved(about, dtype),
+        floor=FLOOR,
+    )

@@ -16,7 +16,7 @@ SMALL_BUDGET, FULL_BUDGET = 0.5, 1.0  # seconds of a race for each provider
 
 def pytest_addoption(parser):
     group = parser.getgroup("diffit_kernels benchmarks")
-    group.addoption("--full", action="store_true", help="real sizes as well: two hours on two cores")
+    group.addoption("--full", action="store_true", help="real sizes too: an hour or two on a CPU")
     group.addoption("--rows", type=Path, help="append a row of each result to this file")
     group.addoption("--resume", action="store_true", help="leave out what --rows has of this code")
     budget = "seconds; no race is begun after them"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.race import DEVICE, DTYPES, Provider
+from benchmarks.race import DEVICE, DTYPES, Provider, moved_bytes
 from diffit_kernels.model import DiffiT, Diffit, DiffiTBlock, TimeDependentAttention
 from diffit_kernels.ops import native_products
 from diffit_kernels.sampling import respaced_timesteps
@@ -141,6 +141,17 @@ def flops(sizes: dict[str, int], train: bool = False) -> int:
     rows, channels = sizes["batch"] * sizes["tokens"], sizes["channels"]
     forward = 2 * rows * (12 * channels**2 + 2 * sizes["tokens"] * channels) * sizes["depth"]
     return forward * (3 if train else 1)
+
+
+def moved(sizes: dict[str, int], dtype: str, train: bool = False) -> int:
+    """The fewest bytes of the blocks: parameters and the first one's inputs are read, the last
+    one's output is written; see :func:`benchmarks.race.moved_bytes`."""
+    batch, channels, side = sizes["batch"], sizes["channels"], math.isqrt(sizes["tokens"])
+    with torch.device("meta"):
+        block = DiffiTBlock(channels, sizes["heads"], side, 4.0).to(DTYPES[dtype])
+        x, temb = torch.empty(batch, side**2, channels), torch.empty(batch, channels)
+    inputs = [t.to(DTYPES[dtype]) for t in (x, temb)]
+    return moved_bytes([*inputs, *[*block.parameters()] * sizes["depth"]], inputs[:1], train)
 
 
 def products_alone(
