@@ -5,11 +5,12 @@ each selected provider once a round, and every entry then replays its own durati
 otherwise stands still. Statistics and comparisons are pytest-benchmark's; rows are ours (rows.py).
 """
 
+import contextlib
 import functools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -287,14 +288,19 @@ def replay(benchmark, durations: Sequence[float]) -> None:
 
 def _run(case: Case, make: Callable, rivals: Sequence[str], timed: bool) -> dict[str, Result]:
     providers = {name: value for name, value in make().items() if name in rivals}
-    race = {name: _enlist(name, value, timed) for name, value in providers.items()}
+    race = {name: _enlist(name, value) for name, value in providers.items()}
     if not timed:
         return race
-    runners = [name for name, result in race.items() if result.status == "timed"]
     for entry in providers.values():
         if isinstance(entry, Provider):
             entry.expected = None  # gigabytes, in float64
-    steps = {name: providers[name].step or providers[name].results for name in runners}
+    verified = [name for name, result in race.items() if result.status == "verified"]
+    steps = {name: providers[name].step or providers[name].results for name in verified}
+    for name in verified:  # all are verified before one moves the parameters
+        with _reporting(name, race[name]):
+            measure.duration(steps[name])  # a last warm-up
+            race[name].status = "timed"
+    runners = [name for name in verified if race[name].status == "timed"]
     shuffle = random.Random(0).shuffle  # nobody always runs in the caches of the same predecessor
     start = time.perf_counter()
     for count in range(MOST):
@@ -309,26 +315,30 @@ def _run(case: Case, make: Callable, rivals: Sequence[str], timed: bool) -> dict
     return race
 
 
-def _enlist(name: str, entry: Provider | str, timed: bool) -> Result:
-    """A provider verified, and warm if it is to be timed, or why it does not take part."""
+def _enlist(name: str, entry: Provider | str) -> Result:
+    """A provider verified, or why it does not take part."""
     if isinstance(entry, str):
         return Result(status="missing", reason=entry)
     result = Result(entry.role, entry.backend, status="verified")
-    try:
+    with _reporting(name, result):
         result.error, result.allowed = _verify(entry)
-        if timed:
-            measure.duration(entry.step or entry.results)
-            result.status = "timed"
+    return result
+
+
+@contextlib.contextmanager
+def _reporting(name: str, result: Result) -> Iterator[None]:
+    """What a provider raises within the context, its entry reports; the others go on."""
+    try:
+        yield
     except NotImplementedError as failure:
         result.status, result.reason = "missing", f"cannot run this: {_first_line(failure)}"
     except WrongError as failure:
         result.status, result.reason, result.failure = "refused", str(failure), failure
-    except Exception as failure:  # its entry reports it; the others go on
+    except Exception as failure:
         reason = f"{type(failure).__name__}: {_first_line(failure)}"
         result.status, result.reason, result.failure = "failed", reason, failure
         if measure.lost():
             raise DeviceLostError(name, result) from failure
-    return result
 
 
 def _verify(entry: Provider) -> tuple[float | None, float | None]:

@@ -157,6 +157,31 @@ def test_providers_run_in_turns(case):
     assert len({*zip(rounds[::2], rounds[1::2], strict=True)}) == 2  # in no fixed order
 
 
+def test_no_step_moves_the_parameters_before_all_are_verified(case):
+    weight = torch.ones(64)
+
+    def scaled(x):
+        return weight * x.sum(0)
+
+    entries = providers(ours=scaled, ours_too=scaled)
+    for entry in entries.values():
+        entry.step = lambda: weight.mul_(2.0)
+    _, found = enter(case, "ours", entries)
+    assert [row["status"] for row in found] == ["timed", "timed"] and weight[0] > 2
+
+
+def test_what_breaks_when_it_is_timed_has_failed(case):
+    entries = providers(ours=column_sum, peer=column_sum)
+
+    def breaks():
+        raise MemoryError("no more")
+
+    entries["peer"].step = breaks
+    _, (ours, peer) = enter(case, "ours", entries)
+    assert ours["status"] == "timed" and ours["rounds"] >= race.LEAST
+    assert (peer["status"], peer["reason"]) == ("failed", "MemoryError: no more")
+
+
 def test_what_cannot_run_is_missing_or_failed_and_others_go_on(case):
     def refuses(x):
         raise NotImplementedError("no kernels for this\nin many lines")
