@@ -27,12 +27,12 @@ def random(dtype, *shapes):
     return [torch.randn(shape, dtype=DTYPES[dtype], device=DEVICE) for shape in shapes]
 
 
-@pytest.mark.parametrize("provider", ["torch.mm"])
+@pytest.mark.parametrize("provider", LINEAR)
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_large_product(race, dtype, provider):
     def make():
-        inputs = random(dtype, (SQUARE, SQUARE), (SQUARE, SQUARE))
-        return {"torch.mm": floor(torch.mm, inputs, torch.mm)}
+        inputs = random(dtype, (SQUARE, SQUARE), (SQUARE, SQUARE), (SQUARE,))
+        return {name: floor(function, inputs, F.linear) for name, function in LINEAR.items()}
 
     race(make, sizes={"tokens": SQUARE, "channels": SQUARE}, flops=2 * SQUARE**3, queued=True)
 
