@@ -24,7 +24,7 @@ from benchmarks.race import DEVICE, DTYPES, REPLAYED, Provider
 from benchmarks.variants import DEFAULT, VARIANTS, providers, twin
 from diffit_kernels import from_pretrained
 from diffit_kernels.sampling import check_extra, denoise
-from reference.sampling import ancestral_sampling as literal_sampling
+from reference import ancestral_sampling as literal_sampling
 
 pytestmark = REPLAYED
 WIDE = {"cpu": (1, 2), "cuda": (32, 4)}[DEVICE]  # batch, steps

@@ -6,6 +6,7 @@ Imports nothing of the package it judges. README.md beside this file has the der
 from reference.adaln import adaln, adaln_zero_block, layer_norm, modulate
 from reference.group_norm import group_norm_silu
 from reference.latent import block, guided, latent_diffit, mlp
+from reference.sampling import ancestral_sampling
 from reference.tmsa import (
     partition_windows,
     position_bias,
@@ -18,6 +19,7 @@ from reference.tmsa import (
 __all__ = [
     "adaln",
     "adaln_zero_block",
+    "ancestral_sampling",
     "block",
     "group_norm_silu",
     "guided",
