@@ -248,11 +248,16 @@ PARALLEL = pytest.param(
 )
 
 
+def tests_stage(folder, code, *arguments):
+    """A stage of these tests, named from their folder on, wherever the checkout lies."""
+    path = folder / "test_some.py"
+    path.write_text(code)
+    return Stage("tests", (*gpu.PYTEST, "--rootdir", str(folder), str(path), *arguments), 1)
+
+
 @pytest.mark.parametrize("arguments", [(), PARALLEL])
 def test_the_summary_counts_tests_and_names_failures(tmp_path, arguments):
-    (tmp_path / "test_some.py").write_text(TESTS)
-    command = (*gpu.PYTEST, str(tmp_path / "test_some.py"), *arguments)
-    run = runner(tmp_path, Stage("tests", command, 1))
+    run = runner(tmp_path, tests_stage(tmp_path, TESTS, *arguments))
     assert not run.run()
     text = gpu.summary(run, rehearsal=False)
     assert "tests: failed (exit status 1)" in text and "1 passed, 2 failed, 1 skipped" in text
@@ -261,9 +266,7 @@ def test_the_summary_counts_tests_and_names_failures(tmp_path, arguments):
 
 
 def test_the_summary_names_the_test_that_takes_the_process_down(tmp_path):
-    (tmp_path / "test_some.py").write_text(TESTS + "def test_last(): os._exit(7)\n")
-    command = (*gpu.PYTEST, str(tmp_path / "test_some.py"))
-    run = runner(tmp_path, Stage("tests", command, 1))
+    run = runner(tmp_path, tests_stage(tmp_path, TESTS + "def test_last(): os._exit(7)\n"))
     assert not run.run()
     text = gpu.summary(run, rehearsal=False)
     assert "(exit status 7)" in text and "tests was stopped at test_some.py::test_last" in text
