@@ -8,7 +8,7 @@ from benchmarks import bench_block, bench_model
 from benchmarks import race as races
 from benchmarks.models import flops, sizes
 from benchmarks.peers import parameters
-from benchmarks.race import DEVICE, REPLAYED
+from benchmarks.race import DEVICE, RECORDINGS, REPLAYED
 from benchmarks.variants import DEFAULT, fused
 
 pytestmark = REPLAYED
@@ -68,4 +68,5 @@ def bench_scaling_depth(race, depth, dtype, provider):
         lambda: bench_model.make(about, dtype, train=True),
         sizes=about,
         flops=flops(about, train=True),
+        tolerance=RECORDINGS,
     )

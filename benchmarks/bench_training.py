@@ -4,8 +4,6 @@ Verified are the loss and all gradients, timed is the whole step. The parameters
 with every step; the rate is so small that they stay what they are for the time of a race.
 """
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,7 @@ from benchmarks.models import (
     truth,
 )
 from benchmarks.peers import parameters
-from benchmarks.race import DEVICE, DTYPES, REPLAYED
+from benchmarks.race import DEVICE, DTYPES, RECORDINGS, REPLAYED
 from benchmarks.variants import VARIANTS, providers
 
 pytestmark = REPLAYED
@@ -72,5 +70,10 @@ def make(about, dtype):
 @pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))
 def bench_training(race, shape, depth, dtype, provider):
     about = sizes(BATCH[shape], RESOLUTIONS[shape], int(depth))
-    make_case = functools.partial(make, about, dtype)
-    race(make_case, sizes=about, flops=flops(about, train=True), floor=FLOOR)
+    race(
+        lambda: make(about, dtype),
+        sizes=about,
+        flops=flops(about, train=True),
+        floor=FLOOR,
+        tolerance=RECORDINGS,
+    )

@@ -126,6 +126,13 @@ def test_peers_may_err_four_times_as_much_and_no_more(case):
     assert near["max_error"] < near["allowed_error"]
 
 
+def test_a_case_of_a_whole_model_has_a_tolerance_and_no_more(case):
+    entries = providers(ours=wrong_by(1e-5), ours_far=wrong_by(3e-5))
+    _, (near, far) = enter(replace(case, tolerance=race.RECORDINGS), "ours", entries)
+    assert (near["status"], near["allowed_error"]) == ("timed", race.RECORDINGS)
+    assert far["status"] == "refused"
+
+
 def test_a_wrong_peer_is_reported_by_a_skip(case):
     failure, _ = enter(case, "peer", providers(peer=wrong_by(1.0), ours=column_sum))
     assert isinstance(failure, pytest.skip.Exception)
