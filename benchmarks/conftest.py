@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rows
-from benchmarks.measure import DEVICE
-from benchmarks.race import Case, enter, has_run
+from benchmarks.race import Case, enter, has_run, row
 
-FULL = pytest.mark.full  # a case of real size
 SMALL_BUDGET, FULL_BUDGET = 0.5, 1.0  # seconds of a race for each provider
 
 
@@ -32,7 +30,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config, items):
-    entries = [item for item in items if "case" in item.fixturenames]
+    entries = [item for item in items if "race" in item.fixturenames]
     left_out = []
     if not config.getoption("--full"):
         left_out = [item for item in entries if item.get_closest_marker("full")]
@@ -74,28 +72,21 @@ def _benchmark(item: pytest.Item) -> str:
 
 
 @pytest.fixture
-def case(request, benchmark):
-    """What the entry shares with its rivals, as the name of their group; the row says it too."""
-    benchmark.group = _case(request.node)
-    benchmark.extra_info |= request.node.callspec.params | {"device": DEVICE}
-    return benchmark.group
-
-
-@pytest.fixture
-def race(request, benchmark, case):
+def race(request, benchmark):
     """``race(make, sizes, flops, moved)``: this entry's part in its case's race (see race.py).
 
     ``make()`` gives the case's providers by name, or the reason why one is missing. The others are
     :class:`benchmarks.race.Case`'s; the rivals are the entries selected.
     """
-    config, params = request.config, request.node.callspec.params
+    config, params, case = request.config, request.node.callspec.params, _case(request.node)
     entries = [item for item in request.session.items if "race" in item.fixturenames]
     rivals = [item.callspec.params["provider"] for item in entries if _case(item) == case]
-    path = config.getoption("--rows")
+    path, budget = config.getoption("--rows"), config.getoption("--budget")
+    benchmark.group = case
 
     def run(make, sizes, **facts):
         if time.monotonic() > config.deadline and not has_run(case):
-            pytest.skip(f"the budget of {config.getoption('--budget'):.0f} s is spent")
+            pytest.skip(f"the budget of {budget:.0f} s is spent")
         about = Case(
             name=case,
             benchmark=_benchmark(request.node),
@@ -107,15 +98,8 @@ def race(request, benchmark, case):
         )
         record = (lambda found: rows.append(path, found)) if path else (lambda found: None)
         result = enter(benchmark, about, params["provider"], make, rivals, record)
-        benchmark.extra_info |= {
-            "role": result.role,
-            "max_error": result.error,
-            "peak_mib": result.peak_mib,
-        }
-        if benchmark.enabled:
-            rates = {"gflop_per_s": about.flops, "gb_per_s": about.moved}
-            billions_per_s = 1e-9 / benchmark.stats.stats.median
-            benchmark.extra_info |= {k: n * billions_per_s for k, n in rates.items() if n}
+        said = row(about, params["provider"], result)
+        benchmark.extra_info |= {name: said[name] for name in said.keys() - rows.where().keys()}
 
     return run
 

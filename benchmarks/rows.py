@@ -96,11 +96,6 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
 
 
-def results_folder() -> Path:
-    """Where rows of this machine belong: ``results/<device>``."""
-    return RESULTS / re.sub(r"\W+", "_", device_name()).strip("_")
-
-
 @functools.cache
 def sources() -> str:
     """A digest of all code that is timed or times, for trees that git does not know."""

@@ -21,7 +21,7 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.cases import CASES, DTYPES
-from benchmarks.measure import with_dtype
+from benchmarks.measure import duration, with_dtype
 from benchmarks.resources import compile_call, problems, record
 from diffit_kernels.ops.triton_launch import (
     TUNABLES,
@@ -151,18 +151,8 @@ def fastest(
 
 def gpu_time(run: Callable[[], None]) -> float:
     """Median milliseconds of a launch with a cold L2 cache, by events."""
-    cold = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
     run()
-    times = []
-    for _ in range(REPEATS):
-        cold.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return 1e3 * statistics.median(duration(run) for _ in range(REPEATS))
 
 
 def _compiles_well(name, key, config, case, dtype, target) -> bool:
