@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.race import DEVICE, DTYPES, Provider, moved_bytes
-from diffit_kernels.model import DiffiT, Diffit, DiffiTBlock, TimeDependentAttention
+from diffit_kernels.block import DiffiTBlock, TimeDependentAttention
+from diffit_kernels.model import DiffiT, Diffit
 from diffit_kernels.ops import native_products
 from diffit_kernels.sampling import respaced_timesteps
 from diffit_kernels.sampling.schedule import BETAS

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks.peers import compiled, sdpa
 from benchmarks.race import DEVICE, Provider, backends
+from diffit_kernels.block import DiffiTBlock, TimeDependentAttention
 from diffit_kernels.dispatch import PREFERENCE
-from diffit_kernels.model import DiffiT, DiffiTBlock, TimeDependentAttention
+from diffit_kernels.model import DiffiT
 from diffit_kernels.positions import relative_position_index
 
 MAX_AUTOTUNE = "max-autotune"  # with CUDA graphs: the host's time counts here
@@ -29,8 +30,8 @@ class SdpaAttention(TimeDependentAttention):
     three, a GPU's none whose rows have gaps.
     """
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """(B, N, C), (B, C) -> (B, N, C)."""
+    def forward(self, x: Tensor, temb: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(B, N, C), (B, C) -> (B, N, C), of one window."""
         batch, tokens, channels = x.shape
         qkv = self.qkv(x) + self.qkv_temb(temb)[:, None]
         qkv = qkv.view(batch, tokens, 3, self.num_heads, channels // self.num_heads)

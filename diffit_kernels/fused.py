@@ -1,22 +1,68 @@
-"""A DiffiT block through the fused ops: the forward of our model's blocks and of patched ones.
+"""A transformer block through the fused ops: the forward of our models' blocks and of patched ones.
 
-The functions take the module, whoever wrote it, by its parts: a block has ``norm1``, ``attn``,
-``norm2`` and ``mlp``; an attention ``qkv``, ``qkv_temb``, ``proj`` and the bias table. A part is
-read past its ``forward`` only while nothing else hangs on it: with a hook, a parametrization, a
-forward set on the instance, or another class in its place (an adapter, a quantized layer), the part
-itself is called.
+The functions take a block and its attention by their parts, whoever wrote them. A part is read past
+its ``forward`` only while nothing else hangs on it: with a hook, a parametrization, a forward set
+on the instance, or another class in its place (an adapter, a quantized layer), the part itself is
+called.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.utils.checkpoint import checkpoint
 
 from diffit_kernels.ops import adaln, linear, mlp, time_projections, window_attention
 
 
-def blocks(modules: Iterable[nn.Module], kind: type, x: Tensor, temb: Tensor) -> Tensor:
+class AttentionParts(NamedTuple):
+    """What an attention is made of.
+
+    Attributes:
+        qkv, proj: the tokens' projections, C -> 3C and C -> C.
+        qkv_temb: the time token's projection, T -> 3C, or None.
+        table: ((2h-1)(2w-1), num_heads), the relative position bias, or None.
+        num_heads: attention heads.
+        window_size: (h, w), or None where all tokens are one window, of whatever shape.
+        scale: of the scores; None is head_dim ** -0.5.
+    """
+
+    qkv: nn.Module
+    qkv_temb: nn.Module | None
+    proj: nn.Module
+    table: Tensor | None
+    num_heads: int
+    window_size: tuple[int, int] | None
+    scale: float | None
+
+
+class BlockParts(NamedTuple):
+    """What a block is made of.
+
+    Attributes:
+        norm1, norm2: the norms before attention and MLP.
+        attend: the attention, as a function of tokens alone.
+        mlp: the MLP.
+        modulation: (B, T) -> (B, 6C), the shift, scale and gate of both branches, or None.
+    """
+
+    norm1: nn.Module
+    attend: Callable[[Tensor], Tensor]
+    norm2: nn.Module
+    mlp: nn.Module
+    modulation: nn.Module | None
+
+
+def blocks(
+    modules: Iterable[nn.Module],
+    kind: type,
+    x: Tensor,
+    temb: Tensor,
+    *,
+    gradient_checkpointing: bool = False,
+) -> Tensor:
     """Blocks in a row, each of which leaves its last sum to the first norm of the next.
 
     Passes over (B, N, C) activations of one such block, beside what its four products read and
@@ -25,104 +71,147 @@ def blocks(modules: Iterable[nn.Module], kind: type, x: Tensor, temb: Tensor) ->
     training, where its input is kept, and wherever the product before it cannot apply it as it
     writes (see the mlp op's backends). The eager backend takes more: it reads x again for LN, and
     its attention keeps scores. Only bare modules of class ``kind`` with ``use_fused_tmsa`` are
-    joined; others are called.
+    joined; others are called. With ``gradient_checkpointing`` all are, and where a gradient is
+    asked for each keeps its input alone and is computed again in the backward.
     """
-    branch = None
+    if gradient_checkpointing and torch.is_grad_enabled():
+        for module in modules:
+            x = checkpoint(module, x, temb, use_reentrant=False)
+        return x
+    branch = gate = None
     for module in modules:
         if _is_bare(module, kind) and module.use_fused_tmsa:
-            x, branch = _halves(module, x, branch, temb, module.backend)
+            parts = module.parts(temb)
+            x, branch, gate = _halves(parts, x, branch, gate, temb, module.backend)
         else:
-            x = x if branch is None else x + branch
-            x, branch = module(x, temb), None
-    return x if branch is None else x + branch
+            x = x if branch is None else _add(x, branch, gate)
+            x, branch, gate = module(x, temb), None, None
+    return x if branch is None else _add(x, branch, gate)
 
 
-def block(module: nn.Module, x: Tensor, temb: Tensor, *, backend: str | None) -> Tensor:
-    """x̂ = x + attn(LN(x), temb);  x̂ + mlp(LN(x̂))  (DiffiT, eqs. 7 and 8).
+def block(parts: BlockParts, x: Tensor, temb: Tensor, *, backend: str | None) -> Tensor:
+    """x̂ = x + attn(LN(x), c);  x̂ + mlp(LN(x̂))  (DiffiT, eqs. 7 and 8), modulated if ``parts`` are.
 
     One more read and as many writes as in :func:`blocks`: alone, a block reads x once less at its
     start, and reads x̂ and m and writes x at its end.
-    x: (B, N, C); temb: (B, C). Returns (B, N, C).
+    x: (B, N, C); temb: (B, T). Returns (B, N, C).
     """
-    x, branch = _halves(module, x, None, temb, backend)
-    return x + branch
+    x, branch, gate = _halves(parts, x, None, None, temb, backend)
+    return _add(x, branch, gate)
 
 
-def _halves(module, x, branch, temb, backend):
-    """(x̂, mlp(LN(x̂))) for x + branch: a block without its last sum."""
-    x, h = _residual_norm(module.norm1, x, branch, backend)
-    x, h = _residual_norm(module.norm2, x, module.attn(h, temb), backend)
-    return x, feed_forward(module.mlp, h, backend=backend)
+def _halves(parts, x, branch, gate, temb, backend):
+    """(x̂, mlp(LN(x̂)), its gate) for x + gate · branch: a block without its last sum."""
+    shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
+    if parts.modulation is not None:
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts.modulation(temb).chunk(6, -1)
+    x, h = residual_norm(parts.norm1, x, branch, gate, shift1, scale1, backend=backend)
+    branch = parts.attend(h)
+    x, h = residual_norm(parts.norm2, x, branch, gate1, shift2, scale2, backend=backend)
+    return x, feed_forward(parts.mlp, h, backend=backend), gate2
 
 
-def _residual_norm(module, x, branch, backend):
-    """(x + branch, LN of it), in one pass where the norm is a plain LayerNorm."""
-    if branch is not None and _is_bare(module, nn.LayerNorm):
-        return adaln(x, y=branch, **_affine(module), backend=backend)
-    x = x if branch is None else x + branch
-    return x, norm(module, x, backend=backend)
+def residual_norm(
+    module: nn.Module,
+    x: Tensor,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """x <- x + gate · branch, and LN(x) (1 + scale) + shift; in one pass for a plain LayerNorm.
+
+    x, branch: (B, N, C); gate, shift, scale: (B, C), or None, shift and scale together. Returns
+    (x, out).
+    """
+    if _is_bare(module, nn.LayerNorm):
+        affine = {"weight": module.weight, "bias": module.bias, "eps": module.eps}
+        if branch is None:
+            return x, adaln(x, shift, scale, **affine, backend=backend)
+        return adaln(x, shift, scale, y=branch, gate=gate, **affine, backend=backend)
+    x = x if branch is None else _add(x, branch, gate)
+    out = module(x)
+    return x, out if shift is None else out * (1 + scale[:, None]) + shift[:, None]
 
 
-def attention(module: nn.Module, x: Tensor, temb: Tensor | None, *, backend: str | None) -> Tensor:
-    """proj(softmax(q kᵀ d^-½ + B) v), where q, k, v = qkv(x) + qkv_temb(temb)  (eqs. 3 to 6).
+def _add(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    return x + (branch if gate is None else gate[:, None] * branch)
 
-    x: (B, N, C) with N the window's tokens; temb: (B, C), or None for no time token.
+
+def attention(
+    parts: AttentionParts,
+    x: Tensor,
+    temb: Tensor | None,
+    grid: tuple[int, int] | None = None,
+    *,
+    backend: str | None,
+) -> Tensor:
+    """proj(softmax(q kᵀ d^-½ + B) v) by windows, where q, k, v = qkv(x) + qkv_temb(temb).
+
+    x: (B, N, C), the tokens of ``grid`` row by row, by default those of one window; temb: (B, T),
+    or None for no time token. Returns (B, N, C). DiffiT, eqs. 3 to 6.
     """
     batch, tokens, channels = x.shape
-    window = module.window_size
-    height, width = (window, window) if isinstance(window, int) else window
+    if grid is None:
+        grid = parts.window_size or _nearly_square(tokens)
+    height, width = grid
     if tokens != height * width:
         raise ValueError(
-            f"attention: x must have {height * width} tokens, a {height} x {width} window, "
+            f"attention: x must have {height * width} tokens, a {height} x {width} grid, "
             f"got {tokens}"
         )
-    qkv = _project(module.qkv, x, backend).reshape(batch, height, width, 3 * channels)
-    time_parts = None if temb is None else _time_parts(module.qkv_temb, temb, backend)
+    qkv = project(parts.qkv, x, backend=backend).reshape(batch, height, width, 3 * channels)
+    time_parts = None
+    if temb is not None and parts.qkv_temb is not None:
+        time_parts = _time_parts(parts.qkv_temb, temb, backend)
     out = window_attention(
         qkv,
-        module.relative_position_bias_table,
+        parts.table,
         time_parts,
-        num_heads=module.num_heads,
-        window_size=(height, width),
-        scale=getattr(module, "scale", None),
+        num_heads=parts.num_heads,
+        window_size=parts.window_size or grid,
+        scale=parts.scale,
         backend=backend,
     )
-    return _project(module.proj, out.view(batch, tokens, channels), backend)
+    return project(parts.proj, out.view(batch, tokens, channels), backend=backend)
 
 
-def norm(module: nn.Module, x: Tensor, *, backend: str | None) -> Tensor:
-    """LN(x) through the adaln op."""
-    if not _is_bare(module, nn.LayerNorm):
-        return module(x)
-    return adaln(x, **_affine(module), backend=backend)
+def _nearly_square(tokens: int) -> tuple[int, int]:
+    """h · w = tokens with h <= w as near as can be: without a bias any shape gives the same."""
+    height = next(h for h in range(max(1, int(tokens**0.5)), 0, -1) if tokens % h == 0)
+    return height, tokens // height
 
 
 def feed_forward(module: nn.Module, x: Tensor, *, backend: str | None) -> Tensor:
     """fc2(GELU(fc1(x))) through the mlp op; any other structure runs itself."""
-    approximate = gelu_form(module)
-    if not approximate or any(is_touched(part) for part in module.modules()):
+    layers = _mlp_layers(module)
+    if layers is None or any(is_touched(part) for part in module.modules()):
         return module(x)
-    fc1, fc2 = module.fc1, module.fc2
-    return mlp(
-        x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, approximate=approximate, backend=backend
-    )
+    fc1, act, fc2 = layers
+    form = act.approximate
+    return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, approximate=form, backend=backend)
 
 
-def gelu_form(module: nn.Module) -> str | None:
-    """The form of GELU, "tanh" or "none", if ``module`` computes fc2(GELU(fc1(x))), else None."""
-    parts = dict(module.named_children())
-    fc1, act, fc2 = (parts.pop(name, None) for name in ("fc1", "act", "fc2"))
-    if type(fc1) is not nn.Linear or type(fc2) is not nn.Linear or type(act) is not nn.GELU:
+def _mlp_layers(module: nn.Module) -> tuple[nn.Linear, nn.GELU, nn.Linear] | None:
+    """(fc1, GELU, fc2) if ``module`` computes fc2(GELU(fc1(x))), by these names or in a row."""
+    working = {name: part for name, part in module.named_children() if not _is_idle(part)}
+    names = tuple(working) if type(module) is nn.Sequential else ("fc1", "act", "fc2")
+    kinds = tuple(type(working.get(name)) for name in names)
+    if len(working) != 3 or kinds != (nn.Linear, nn.GELU, nn.Linear):
         return None
-    idle = all(
-        type(part) is nn.Identity
-        or (type(part) is nn.Dropout and (part.p == 0 or not part.training))
-        for part in parts.values()
-    )
-    return act.approximate if idle else None
+    return tuple(working[name] for name in names)
 
 
-def _project(module: nn.Module, x: Tensor, backend: str | None) -> Tensor:
+def _is_idle(part: nn.Module) -> bool:
+    """Whether a part gives back what it is given."""
+    if type(part) is nn.Dropout:
+        return part.p == 0 or not part.training
+    return type(part) is nn.Identity
+
+
+def project(module: nn.Module, x: Tensor, *, backend: str | None) -> Tensor:
     """module(x); a bare nn.Linear on a CPU by the linear op, for the sake of its native backend."""
     if x.device.type != "cpu" or not _is_bare(module, nn.Linear):
         return module(x)
@@ -136,10 +225,6 @@ def _time_parts(projection: nn.Module, temb: Tensor, backend: str | None) -> Ten
         return time_projections(temb, (projection.weight,), biases, backend=backend)[0]
     q, _, v = projection(temb).chunk(3, -1)
     return torch.cat((q, v), -1)
-
-
-def _affine(layer_norm: nn.LayerNorm) -> dict:
-    return {"weight": layer_norm.weight, "bias": layer_norm.bias, "eps": layer_norm.eps}
 
 
 def _is_bare(module: nn.Module, kind: type) -> bool:

@@ -1,7 +1,8 @@
 """The latent DiffiT, with the names, shapes and state dict of the released ImageNet models.
 
-Read top-down. One flag, ``use_fused_tmsa``, decides whether a block computes the published
-equations literally or through the fused ops of :mod:`diffit_kernels.ops`, on the same parameters.
+Read top-down; the block is in :mod:`diffit_kernels.block`. One flag, ``use_fused_tmsa``, decides
+whether a block computes the published equations literally or through the fused ops of
+:mod:`diffit_kernels.ops`, on the same parameters.
 
 The letters: B batch; N tokens (H · W of the grid); C hidden_size; p patch_size; S input_size.
 """
@@ -13,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffit_kernels import fused
+from diffit_kernels.block import AdaLNModulation, DiffiTBlock, modulate
 from diffit_kernels.dispatch import check_backend
-from diffit_kernels.positions import relative_position_index, sincos_position_embedding
+from diffit_kernels.positions import sincos_position_embedding
 
 
 class DiffiT(nn.Module):
     """Latent DiffiT (arXiv 2312.02139): a transformer over patches, conditioned through attention.
+
+    Or, for the paper's comparison, through its norms, or through both. With ``"adaln_zero"`` and no
+    position bias it is DiT (arXiv 2212.09748), with the names and results of its checkpoints.
 
     Args:
         input_size: side S of the latent image; the image's side / 8 for the released models.
@@ -32,6 +37,9 @@ class DiffiT(nn.Module):
         class_dropout_prob: share of labels replaced by the null class in training.
         num_classes: classes; label ``num_classes`` is the null class if ``class_dropout_prob`` > 0.
         learn_sigma: predict a variance beside the noise, doubling the output's channels.
+        conditioning: "tmsa" (the released models), "adaln_zero" or "tmsa+adaln", see
+            :class:`~diffit_kernels.block.DiffiTBlock`. With adaLN the final layer is DiT's.
+        position_bias: whether the attention has a relative position bias.
         use_fused_tmsa: compute the blocks through the fused ops. Changes speed and memory, never
             results beyond rounding. Also a settable property of the model.
         backend: which implementation of the fused ops to use, see :mod:`diffit_kernels.dispatch`;
@@ -56,6 +64,8 @@ class DiffiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        conditioning: str = "tmsa",
+        position_bias: bool = True,
         use_fused_tmsa: bool = False,
         backend: str | None = None,
     ):
@@ -92,6 +102,7 @@ class DiffiT(nn.Module):
         self.num_heads = num_heads
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
+        self.conditioning = conditioning
         grid_size = input_size // patch_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -101,10 +112,21 @@ class DiffiT(nn.Module):
             torch.zeros(1, grid_size**2, hidden_size), requires_grad=False
         )
         self.blocks = nn.ModuleList(
-            DiffiTBlock(hidden_size, num_heads, grid_size, mlp_ratio) for _ in range(depth)
+            DiffiTBlock(
+                hidden_size,
+                num_heads,
+                grid_size,
+                mlp_ratio,
+                conditioning=conditioning,
+                position_bias=position_bias,
+            )
+            for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = FinalLayer(
+            hidden_size, patch_size, self.out_channels, modulated=conditioning != "tmsa"
+        )
         self.use_fused_tmsa = use_fused_tmsa
+        self.gradient_checkpointing = False
         self.backend = backend
         self.initialize_weights()
 
@@ -118,6 +140,7 @@ class DiffiT(nn.Module):
         if not isinstance(value, bool):
             raise TypeError(f"use_fused_tmsa must be a bool, got {value!r}")
         self._use_fused_tmsa = value
+        self.final_layer.use_fused_tmsa = value
         for block in self.blocks:
             block.use_fused_tmsa = block.attn.use_fused_tmsa = value
 
@@ -128,12 +151,29 @@ class DiffiT(nn.Module):
 
     @backend.setter
     def backend(self, value: str | None) -> None:
-        self._backend = check_backend(value)
+        self._backend = self.final_layer.backend = check_backend(value)
         for block in self.blocks:
             block.backend = block.attn.backend = value
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training keeps one input a block and computes the rest again; set it any time.
+
+        A third more arithmetic for memory that grows with depth by one (B, N, C) a block.
+        """
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"gradient_checkpointing must be a bool, got {value!r}")
+        self._gradient_checkpointing = value
+
     def initialize_weights(self) -> None:
-        """Xavier-uniform linear layers, N(0, 0.02) embeddings, zero output: the published start."""
+        """Xavier-uniform linear layers, N(0, 0.02) embeddings, zero output: the published start.
+
+        Modulations start at zero, so that a block with gates starts as the identity.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -145,7 +185,11 @@ class DiffiT(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         for block in self.blocks:
-            nn.init.trunc_normal_(block.attn.relative_position_bias_table, std=0.02)
+            if (table := block.attn.relative_position_bias_table) is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+        for module in self.modules():
+            if isinstance(module, AdaLNModulation):
+                nn.init.zeros_(module[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         with torch.no_grad():
             side = self.input_size // self.patch_size
@@ -169,8 +213,11 @@ class DiffiT(nn.Module):
         self._check_inputs(x, t, y)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, C)
         temb = self.t_embedder(t) + self.y_embedder(y, self.training)  # (B, C)
-        x = fused.blocks(self.blocks, DiffiTBlock, x, temb)  # (B, N, C)
-        x = self.final_layer(x)  # (B, N, p · p · out_channels)
+        x = fused.blocks(
+            *(self.blocks, DiffiTBlock, x, temb),
+            gradient_checkpointing=self.gradient_checkpointing,
+        )  # (B, N, C)
+        x = self.final_layer(x, temb)  # (B, N, p · p · out_channels)
         return self._unpatchify(x)  # (B, out_channels, S, S)
 
     def forward_with_cfg(
@@ -197,7 +244,7 @@ class DiffiT(nn.Module):
             t: (2B,) timesteps. y: (2B,) labels, then the null class.
             cfg_scale: s; None is the plain :meth:`forward` of the batch as it is.
             diffusion_steps: timesteps of the training process.
-            scale_pow: the power in w(t).
+            scale_pow: the power in w(t); 0 is the constant w(t) = s, as DiT has.
 
         Returns:
             (2B, out_channels, S, S), both halves guided alike.
@@ -329,112 +376,31 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class DiffiTBlock(nn.Module):
-    """x̂ = x + TMSA(LN(x), temb);  x = x̂ + MLP(LN(x̂))  (eqs. 7 and 8); LN without affine."""
+class FinalLayer(nn.Module):
+    """(B, N, C), (B, C) -> (B, N, p · p · c): Linear(SiLU(LN(x))), without the time token.
 
-    use_fused_tmsa = False
-    backend: str | None = None
-
-    def __init__(self, hidden_size: int, num_heads: int, grid_size: int, mlp_ratio: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attn = TimeDependentAttention(hidden_size, num_heads, grid_size)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """(B, N, C), (B, C) -> (B, N, C)."""
-        if self.use_fused_tmsa:
-            return fused.block(self, x, temb, backend=self.backend)
-        x = x + self.attn(self.norm1(x), temb)
-        return x + self.mlp(self.norm2(x))
-
-
-class TimeDependentAttention(nn.Module):
-    """TMSA over the whole grid (eqs. 3 to 6): the time token adds to q, k and v of every token.
-
-    The published state dict holds an (N, N) index of the bias table in every block. Here it is
-    derived where it is asked for, by ``state_dict`` and strict loading, and never kept.
+    Where ``modulated`` it is DiT's, Linear(LN(x) (1 + scale) + shift), without SiLU.
     """
 
     use_fused_tmsa = False
     backend: str | None = None
 
-    def __init__(self, hidden_size: int, num_heads: int, window_size: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.window_size = (window_size, window_size)
-        self.scale = (hidden_size // num_heads) ** -0.5
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros((2 * window_size - 1) ** 2, num_heads)
-        )
-        self.qkv_temb = nn.Linear(hidden_size, 3 * hidden_size)
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """(B, N, C), (B, C) -> (B, N, C)."""
-        if self.use_fused_tmsa:
-            return fused.attention(self, x, temb, backend=self.backend)
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(x) + self.qkv_temb(temb)[:, None]
-        qkv = qkv.view(batch, tokens, 3, self.num_heads, channels // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nH, N, d) each
-        table = self.relative_position_bias_table
-        bias = table[relative_position_index(self.window_size, table.device)].permute(2, 0, 1)
-        probs = (q * self.scale @ k.mT + bias).softmax(-1)
-        out = probs.to(v.dtype) @ v
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        device = self.relative_position_bias_table.device
-        index = relative_position_index(self.window_size, device)
-        destination[prefix + "relative_position_index"] = index
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, modulated: bool = False
     ):
-        key = prefix + "relative_position_index"
-        index = state_dict.get(key)
-        if index is None:
-            missing.append(key)
-        elif index.device.type != "meta":
-            expected = relative_position_index(self.window_size, index.device)
-            if index.shape != expected.shape:
-                errors.append(
-                    f"{key}: shape {tuple(index.shape)}, expected {tuple(expected.shape)}"
-                )
-            elif not torch.equal(index.to(expected.dtype), expected):
-                errors.append(f"{key}: not the index of a row-major {self.window_size} window")
-        # The base class reports entries that are neither parameter nor buffer as unexpected.
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
-        if key in unexpected:
-            unexpected.remove(key)
-
-
-class Mlp(nn.Module):
-    """fc2(GELU(fc1(x))), GELU in its tanh form."""
-
-    def __init__(self, in_features: int, hidden_features: int):
-        super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden_features, in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class FinalLayer(nn.Module):
-    """(B, N, C) -> (B, N, p · p · c): Linear(SiLU(LN(x))), without conditioning."""
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = AdaLNModulation(hidden_size, 2 * hidden_size) if modulated else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(F.silu(self.norm_final(x)))
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        if self.adaLN_modulation is None:
+            return self.linear(F.silu(self.norm_final(x)))
+        shift, scale = self.adaLN_modulation(temb).chunk(2, -1)
+        if self.use_fused_tmsa:
+            _, x = fused.residual_norm(
+                self.norm_final, x, shift=shift, scale=scale, backend=self.backend
+            )
+        else:
+            x = modulate(self.norm_final(x), shift, scale)
+        return self.linear(x)

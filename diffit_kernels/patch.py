@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffit_kernels import fused
+from diffit_kernels.block import TimeDependentAttention
 from diffit_kernels.dispatch import check_backend
-from diffit_kernels.model import TimeDependentAttention
 from diffit_kernels.positions import relative_position_index
 
 ATTENTION_PARTS = (
@@ -139,7 +139,17 @@ class _PatchedAttention(_Patched):
         if reason:
             _warn_once(self.original, reason)
             return super().forward(*args, **kwargs)
-        out = fused.attention(self, tokens, temb, backend=self._diffit_backend)
+        window = self.window_size
+        parts = fused.AttentionParts(
+            self.qkv,
+            self.qkv_temb,
+            self.proj,
+            self.relative_position_bias_table,
+            self.num_heads,
+            (window, window) if isinstance(window, int) else tuple(window),
+            getattr(self, "scale", None),
+        )
+        out = fused.attention(parts, tokens, temb, backend=self._diffit_backend)
         dropout = getattr(self, "proj_drop", None)
         return out if dropout is None else dropout(out)
 
@@ -153,7 +163,12 @@ class _PatchedBlock(_Patched):
         if reason:
             _warn_once(self.original, reason)
             return super().forward(*args, **kwargs)
-        return fused.block(self, tokens, temb, backend=self._diffit_backend)
+
+        def attend(h: Tensor) -> Tensor:
+            return self.attn(h, temb)
+
+        parts = fused.BlockParts(self.norm1, attend, self.norm2, self.mlp, None)
+        return fused.block(parts, tokens, temb, backend=self._diffit_backend)
 
 
 @functools.cache

@@ -25,3 +25,17 @@ def sincos_position_embedding(channels: int, side: int) -> Tensor:
     axis = torch.cat((angles.sin(), angles.cos()), 1)  # (side, C / 2)
     columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
     return torch.cat((columns, rows), 1)
+
+
+def partition_windows(x: Tensor, grid: tuple[int, int], window_size: tuple[int, int]) -> Tensor:
+    """(B, H · W, C) -> (B · windows, h · w, C), windows and their tokens row by row: a copy."""
+    (height, width), (h, w) = grid, window_size
+    x = x.reshape(-1, height // h, h, width // w, w, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, h * w, x.shape[-1])
+
+
+def reverse_windows(x: Tensor, grid: tuple[int, int], window_size: tuple[int, int]) -> Tensor:
+    """The inverse of :func:`partition_windows`."""
+    (height, width), (h, w) = grid, window_size
+    x = x.reshape(-1, height // h, width // w, h, w, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height * width, x.shape[-1])

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import reference
 from diffit_kernels import DiffiT, Diffit, fused
-from diffit_kernels.model import DiffiTBlock
+from diffit_kernels.block import DiffiTBlock
 from tests.golden_files import GOLDEN, LATENT, recording
 from tests.parity import assert_close
 from tests.test_reference import without_key_third
@@ -300,7 +300,7 @@ def test_bad_arguments(inputs):
         double = small(use_fused_tmsa=True, backend="triton").double()
         double(inputs[0].double(), *inputs[1:])
     small(use_fused_tmsa=False, backend="triton")(*inputs)
-    with pytest.raises(ValueError, match="x must have 16 tokens, a 4 x 4 window, got 9"):
+    with pytest.raises(ValueError, match="x must have 16 tokens, a 4 x 4 grid, got 9"):
         small(use_fused_tmsa=True).blocks[0].attn(torch.zeros(1, 9, 48), torch.zeros(1, 48))
 
 
