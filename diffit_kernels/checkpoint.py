@@ -30,10 +30,13 @@ LANDMARKS = {
     "pos_embed": 3,
     "x_embedder.proj.weight": 4,
     "y_embedder.embedding_table.weight": 2,
-    "blocks.0.attn.relative_position_bias_table": 2,
     "blocks.0.mlp.fc1.weight": 2,
     "final_layer.linear.weight": 2,
 }
+TABLE = "blocks.0.attn.relative_position_bias_table"
+TIME_TOKEN = "blocks.0.attn.qkv_temb.weight"
+MODULATION = "blocks.0.adaLN_modulation.1.weight"
+DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width; without a table no shape tells
 
 
 def from_pretrained(
@@ -44,8 +47,12 @@ def from_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    num_heads: int | None = None,
 ) -> DiffiT:
     """Load a latent DiffiT from a file, a folder or a hub repository, ready to sample (``eval``).
+
+    Its conditioning, and whether it has a position bias, are seen from the names of its tensors; so
+    DiT's checkpoints are read too.
 
     Args:
         path_or_hub_id: a ``.safetensors`` file or one that ``torch.save`` wrote; a folder with
@@ -58,6 +65,8 @@ def from_pretrained(
         use_fused_tmsa, backend: as for :class:`~diffit_kernels.model.DiffiT`.
         device: where to put the model; default the CPU.
         dtype: floating-point type of the model; default the file's own (float32 for mixed ones).
+        num_heads: attention heads, where no position bias tells them; default those of the
+            published DiT of the same width.
 
     Raises:
         FileNotFoundError: no such file.
@@ -70,7 +79,7 @@ def from_pretrained(
     _check_device(device)
     path = resolve(path_or_hub_id, filename)
     with open_checkpoint(path) as tensors:
-        config = infer_config(tensors, path)
+        config = infer_config(tensors, path, num_heads)
         with torch.device("meta"):
             try:
                 model = DiffiT(**config, use_fused_tmsa=use_fused_tmsa)
@@ -280,13 +289,17 @@ def _strip(name: str) -> str:
     return name
 
 
-def infer_config(tensors: Tensors, path: Path | str = "checkpoint") -> dict:
+def infer_config(
+    tensors: Tensors, path: Path | str = "checkpoint", num_heads: int | None = None
+) -> dict:
     """The constructor arguments of :class:`DiffiT` that give the checkpoint's shapes.
 
-    ``num_classes`` takes the last row of the label table for the null class.
+    ``num_classes`` takes the last row of the label table for the null class. ``num_heads`` is for
+    checkpoints without a position bias, see :func:`from_pretrained`.
 
     Raises:
-        ValueError: a tensor that decides the configuration is missing or of the wrong rank.
+        ValueError: a tensor that decides the configuration is missing or of the wrong rank, or
+            ``num_heads`` is needed, or is not that of the bias table.
     """
     shapes = tensors.shapes
     wrong = [
@@ -294,6 +307,8 @@ def infer_config(tensors: Tensors, path: Path | str = "checkpoint") -> dict:
         for name, rank in LANDMARKS.items()
         if len(shapes.get(name, ())) != rank or 0 in shapes[name]
     ]
+    wrong += [TABLE] if TABLE in shapes and len(shapes[TABLE]) != 2 else []
+    wrong += [] if TIME_TOKEN in shapes or MODULATION in shapes else [TIME_TOKEN]
     if wrong:
         raise ValueError(
             f"{path} is no latent DiffiT: it lacks {_list(wrong)} (or has them in another rank); "
@@ -316,11 +331,37 @@ def infer_config(tensors: Tensors, path: Path | str = "checkpoint") -> dict:
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "depth": len(blocks),
-        "num_heads": shapes["blocks.0.attn.relative_position_bias_table"][1],
+        "num_heads": _num_heads(shapes, hidden_size, num_heads, path),
         "mlp_ratio": mlp_ratio,
         "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
         "learn_sigma": out_channels != in_channels,
+        "conditioning": _conditioning(shapes),
+        "position_bias": TABLE in shapes,
     }
+
+
+def _conditioning(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if MODULATION not in shapes:
+        return "tmsa"
+    return "tmsa+adaln" if TIME_TOKEN in shapes else "adaln_zero"
+
+
+def _num_heads(
+    shapes: Mapping[str, tuple[int, ...]], hidden_size: int, given: int | None, path: Path | str
+) -> int:
+    """From the bias table, else as given, else DiT's of this width."""
+    if TABLE in shapes:
+        heads = shapes[TABLE][1]
+        if given not in (None, heads):
+            raise ValueError(f"{path}: num_heads={given}, but its bias table is for {heads} heads")
+        return heads
+    heads = DIT_HEADS.get(hidden_size) if given is None else given
+    if heads is None:
+        raise ValueError(
+            f"{path} has no position bias that would tell its heads, and is no DiT of a published "
+            f"width ({', '.join(map(str, DIT_HEADS))}), but of {hidden_size}: give num_heads="
+        )
+    return heads
 
 
 def _check_keys(model: DiffiT, tensors: Tensors, path: Path) -> None:

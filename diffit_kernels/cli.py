@@ -71,8 +71,8 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--cfg_cond", type=_boolean, nargs="?", const=True, default=True, help="guide; default True"
     )
-    add("--cfg_scale", type=_finite, help="default as published: 4.4, or 1.49 at 512 pixels")
-    add("--scale_pow", type=_finite, default=4.0, help="of the guidance schedule; default 4")
+    add("--cfg_scale", type=_finite, help="default as published: 4.4, 1.49 at 512 pixels, DiT 1.5")
+    add("--scale_pow", type=_finite, help="of the guidance schedule; default 4, DiT 0: constant")
     add(
         "--use_ddim",
         type=_boolean,
@@ -139,18 +139,26 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace, path: Path, model: DiffiT) -> Settings:
-    published = 4.4 if model.input_size <= 32 else 1.49
-    scale = published if arguments.cfg_scale is None else arguments.cfg_scale
+    scale, power = _published_guidance(model)
+    scale = scale if arguments.cfg_scale is None else arguments.cfg_scale
+    power = power if arguments.scale_pow is None else arguments.scale_pow
     return Settings(
         checkpoint=_sha256(path),
         num_sampling_steps=arguments.num_sampling_steps,
         cfg_scale=scale if arguments.cfg_cond else None,
-        scale_pow=arguments.scale_pow,
+        scale_pow=power,
         use_ddim=arguments.use_ddim,
         seed=arguments.seed,
         dtype=arguments.dtype,
         classes=arguments.classes,
     )
+
+
+def _published_guidance(model: DiffiT) -> tuple[float, float]:
+    """(scale, power of the schedule): DiffiT's at its two resolutions, or DiT's."""
+    if model.conditioning == "adaln_zero":
+        return 1.5, 0.0
+    return (4.4 if model.input_size <= 32 else 1.49), 4.0
 
 
 def _decoder(arguments: argparse.Namespace, path: Path, model: DiffiT) -> decode.Decoder | None:

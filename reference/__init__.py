@@ -3,9 +3,11 @@
 Imports nothing of the package it judges. README.md beside this file has the derivations.
 """
 
-from reference.adaln import adaln, adaln_zero_block, layer_norm, modulate
-from reference.group_norm import group_norm_silu
-from reference.latent import block, guided, latent_diffit, mlp
+from reference.adaln import adaln, layer_norm, modulate
+from reference.edm import denoised, edm_loss, heun_sampling, preconditioning, sigma_schedule
+from reference.group_norm import group_norm, group_norm_silu
+from reference.image import image_diffit
+from reference.latent import block, final_layer, guided, latent_diffit, mlp
 from reference.sampling import ancestral_sampling
 from reference.tmsa import (
     partition_windows,
@@ -18,19 +20,26 @@ from reference.tmsa import (
 
 __all__ = [
     "adaln",
-    "adaln_zero_block",
     "ancestral_sampling",
     "block",
+    "denoised",
+    "edm_loss",
+    "final_layer",
+    "group_norm",
     "group_norm_silu",
     "guided",
+    "heun_sampling",
+    "image_diffit",
     "latent_diffit",
     "layer_norm",
     "mlp",
     "modulate",
     "partition_windows",
     "position_bias",
+    "preconditioning",
     "relative_position_index",
     "reverse_windows",
+    "sigma_schedule",
     "tmsa",
     "window_attention",
 ]

@@ -1,10 +1,10 @@
-"""Group normalisation and SiLU, in front of the convolution of an image-space cell."""
+"""Group normalisation, and with SiLU in front of the convolution of an image-space cell."""
 
 import torch
 from torch import Tensor
 
 
-def group_norm_silu(
+def group_norm(
     x: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -12,7 +12,7 @@ def group_norm_silu(
     num_groups: int,
     eps: float = 1e-5,
 ) -> Tensor:
-    """z σ(z), z = (x - mean) / sqrt(var + eps) · weight + bias; x (B, H, W, C).
+    """(x - mean) / sqrt(var + eps) · weight + bias; x (B, H, W, C).
 
     Mean and (biased) variance are over the pixels of a sample and the C / num_groups channels of a
     group, which are neighbours.
@@ -23,6 +23,17 @@ def group_norm_silu(
     z = ((groups - mean) / torch.sqrt(variance + eps)).reshape(x.shape)
     if weight is not None:
         z = z * weight
-    if bias is not None:
-        z = z + bias
+    return z if bias is None else z + bias
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+) -> Tensor:
+    """z σ(z), z = GroupNorm(x); x (B, H, W, C)."""
+    z = group_norm(x, weight, bias, num_groups=num_groups, eps=eps)
     return z * torch.sigmoid(z)

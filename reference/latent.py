@@ -1,4 +1,8 @@
-"""The latent DiffiT as a function of its state dict: eqs. 7 and 8 around eq. 6, and guidance."""
+"""The latent DiffiT as a function of its state dict: eqs. 7 and 8 around eq. 6, and guidance.
+
+Conditioned as its parameters say: by the time token in the attention, by adaLN-Zero (DiT, arXiv
+2212.09748), or by both.
+"""
 
 import math
 
@@ -6,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.adaln import layer_norm
+from reference.adaln import adaln, layer_norm
 from reference.tmsa import tmsa
 
 
@@ -28,8 +32,7 @@ def latent_diffit(
     depth = sum(name.endswith("attn.qkv.weight") for name in state)
     for index in range(depth):
         x = block(x, c, _under(state, f"blocks.{index}."), num_heads, (side, side))
-    x = F.silu(layer_norm(x))
-    x = F.linear(x, state["final_layer.linear.weight"], state["final_layer.linear.bias"])
+    x = final_layer(x, c, _under(state, "final_layer."))
     out_channels = x.shape[-1] // patch**2
     x = x.reshape(batch, side, side, patch, patch, out_channels)
     return torch.einsum("bhwpqc->bchpwq", x).reshape(batch, out_channels, size, size)
@@ -42,9 +45,35 @@ def block(
     num_heads: int,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """x̂ = x + TMSA(LN(x), c);  x = x̂ + MLP(LN(x̂))  (eqs. 7 and 8); x (B, H, W, C), c (B, C)."""
-    x = x + tmsa(layer_norm(x), c, _under(parameters, "attn."), num_heads, window_size)
-    return x + mlp(layer_norm(x), _under(parameters, "mlp."))
+    """x̂ = x + TMSA(LN(x), c);  x = x̂ + MLP(LN(x̂))  (eqs. 7 and 8); x (B, H, W, C), c (B, T).
+
+    With a modulation, (shift, scale, gate) × 2 = Linear(SiLU(c)):
+    x += gate · f(LN(x)(1 + scale) + shift), f the attention, then the MLP.
+    """
+    shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
+    if "adaLN_modulation.1.weight" in parameters:
+        modulation = _modulation(c, parameters)[:, None, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+    _, h = adaln(x, shift1, scale1)
+    branch = tmsa(h, c, _under(parameters, "attn."), num_heads, window_size)
+    x, h = adaln(x, shift2, scale2, y=branch, gate=gate1)
+    branch = mlp(h, _under(parameters, "mlp."))
+    return x + (branch if gate2 is None else gate2 * branch)
+
+
+def final_layer(x: Tensor, c: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """Linear(SiLU(LN(x))); with a modulation Linear(LN(x)(1 + scale) + shift). x (B, H, W, C)."""
+    if "adaLN_modulation.1.weight" in parameters:
+        shift, scale = _modulation(c, parameters)[:, None, None].chunk(2, -1)
+        x = adaln(x, shift, scale)[1]
+    else:
+        x = F.silu(layer_norm(x))
+    return F.linear(x, parameters["linear.weight"], parameters["linear.bias"])
+
+
+def _modulation(c: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    names = (f"adaLN_modulation.1.{name}" for name in ("weight", "bias"))
+    return F.linear(F.silu(c), *(parameters[name] for name in names))
 
 
 def mlp(x: Tensor, parameters: dict[str, Tensor], approximate: str = "tanh") -> Tensor:

@@ -14,10 +14,14 @@ def tmsa(
     """Eqs. 3 to 6 and the output projection; x (B, H, W, C), c (B, C), the released names.
 
     q = x Wq + c Wqt    k = x Wk + c Wkt    v = x Wv + c Wvt    out = softmax(q kᵀ / √d + B) v
+
+    Without a projection of c, or without a table, their terms are absent.
     """
     tokens = x @ parameters["qkv.weight"].T + parameters["qkv.bias"]
-    time = c @ parameters["qkv_temb.weight"].T + parameters["qkv_temb.bias"]
-    table = parameters["relative_position_bias_table"]
+    time = None
+    if "qkv_temb.weight" in parameters:
+        time = c @ parameters["qkv_temb.weight"].T + parameters.get("qkv_temb.bias", 0)
+    table = parameters.get("relative_position_bias_table")
     out = window_attention(tokens, time, table, num_heads, window_size)
     return out @ parameters["proj.weight"].T + parameters["proj.bias"]
 

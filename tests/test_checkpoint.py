@@ -113,10 +113,14 @@ def test_mixed_dtypes_become_float32(model, tmp_path):
         {"in_channels": 3, "learn_sigma": False},
         {"depth": 1, "num_heads": 6, "mlp_ratio": 49 / 48},
         {"num_classes": 1},
+        {"conditioning": "adaln_zero"},
+        {"conditioning": "tmsa+adaln"},
+        {"conditioning": "adaln_zero", "position_bias": False, "hidden_size": 384, "num_heads": 6},
+        {"position_bias": False, "hidden_size": 384, "num_heads": 6},
     ],
 )
 def test_configuration_is_inferred(change, tmp_path):
-    config = CONFIG | change
+    config = CONFIG | {"conditioning": "tmsa", "position_bias": True} | change
     model = DiffiT(**config)
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     with open_checkpoint(tmp_path / "a.safetensors") as tensors:
@@ -124,6 +128,20 @@ def test_configuration_is_inferred(change, tmp_path):
     assert inferred.pop("mlp_ratio") == pytest.approx(config.pop("mlp_ratio"))
     assert inferred == config
     from_pretrained(tmp_path)
+
+
+def test_heads_that_no_table_tells(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    bare = DiffiT(**CONFIG, conditioning="adaln_zero", position_bias=False)
+    save_file(bare.state_dict(), path)
+    with pytest.raises(ValueError, match=r"no DiT of a published width .* of 48: give num_heads="):
+        from_pretrained(path)
+    assert from_pretrained(path, num_heads=3).num_heads == 3
+    with pytest.raises(ValueError, match="hidden_size must be a multiple of num_heads"):
+        from_pretrained(path, num_heads=5)
+    save_file(model.state_dict(), path)
+    with pytest.raises(ValueError, match=r"num_heads=4, but its bias table is for 3 heads"):
+        from_pretrained(path, num_heads=4)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 8, 100, 0.5, 0.99])

@@ -74,14 +74,10 @@ def test_adaln_zero_block_agrees_with_the_recording():
         value.requires_grad_()
     block = {key.removeprefix("block."): v for key, v in state.items() if key.startswith("block.")}
     x, c = (golden[f"input.{name}"].clone().requires_grad_() for name in "xc")
-    h = reference.adaln_zero_block(x, c, block, golden.config["num_heads"])
-    shift, scale = F.linear(
-        F.silu(c),
-        state["final_layer.adaLN_modulation.1.weight"],
-        state["final_layer.adaLN_modulation.1.bias"],
-    ).chunk(2, -1)
-    h = reference.adaln(h, shift, scale)[1]
-    out = F.linear(h, state["final_layer.linear.weight"], state["final_layer.linear.bias"])
+    final = {key.removeprefix("final_layer."): v for key, v in state.items() if "final" in key}
+    grid = x.unflatten(1, (8, 8))
+    out = reference.block(grid, c, block, golden.config["num_heads"], (8, 8))
+    out = reference.final_layer(out, c, final).flatten(1, 2)
     assert_close(out, golden["output"], 2e-5)
     (out * golden["loss_weight"]).sum().backward()
     assert_close(x.grad, golden["grad.input.x"], 2e-5, "gradient of x")
