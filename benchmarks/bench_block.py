@@ -1,4 +1,7 @@
-"""One block of the released model (1152 wide, 16 heads): forward, and forward and backward."""
+"""One block of the released model (1152 wide, 16 heads): forward, and forward and backward.
+
+And one of DiT-XL, of the same width: adaLN-Zero instead of the time token, and no position bias.
+"""
 
 import functools
 
@@ -27,12 +30,16 @@ pytestmark = REPLAYED
 BATCH = {"cpu": {"256px": 4, "512px": 1}, "cuda": {"256px": 64, "512px": 16}}[DEVICE]
 
 
-def make(batch, side, train, dtype, exact=None):
+DIT = {"conditioning": "adaln_zero", "position_bias": False}
+
+
+def make(batch, side, train, dtype, exact=None, **options):
     """All providers of a case: gradients are of the tokens, the time token and all parameters.
 
-    ``exact(block, inputs, grad)`` gives the float64 truth, by default that of ``reference/``.
+    ``exact(block, inputs, grad)`` gives the float64 truth, by default that of ``reference/``;
+    ``options`` are the block's.
     """
-    block = new_block(side, dtype)
+    block = new_block(side, dtype, **options)
     new = functools.partial(torch.randn, device=DEVICE, dtype=DTYPES[dtype])
     inputs = [new(batch, side * side, WIDTH), new(batch, WIDTH)]
     inputs = [t.requires_grad_(train) for t in inputs]
@@ -69,6 +76,22 @@ def bench_block(race, shape, direction, dtype, provider):
         sizes=about,
         flops=flops(about, train),
         moved=moved(about, dtype, train),
+        floor=FLOOR,
+        queued=True,
+    )
+
+
+@pytest.mark.parametrize("provider", parameters([*VARIANTS, FLOOR]))
+@pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))
+def bench_dit_block(race, shape, direction, dtype, provider):
+    about, train = sizes(BATCH[shape], RESOLUTIONS[shape]), direction != "forward"
+    side = round(about["tokens"] ** 0.5)
+    race(
+        lambda: make(about["batch"], side, train, dtype, **DIT),
+        sizes=about,
+        flops=flops(about, train),
         floor=FLOOR,
         queued=True,
     )

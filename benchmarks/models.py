@@ -84,10 +84,11 @@ def reference_on_device() -> Iterator[None]:
         yield
 
 
-def new_block(side: int, dtype: str) -> DiffiTBlock:
+def new_block(side: int, dtype: str, **options) -> DiffiTBlock:
     """A literal block of the released width for ``side`` × ``side`` tokens."""
     torch.manual_seed(0)
-    return _with_random_tables(DiffiTBlock(WIDTH, HEADS, side, 4.0)).to(DEVICE, DTYPES[dtype])
+    block = DiffiTBlock(WIDTH, HEADS, side, 4.0, **options)
+    return _with_random_tables(block).to(DEVICE, DTYPES[dtype])
 
 
 def new_model(resolution: int, depth: int, dtype: str) -> DiffiT:
@@ -104,8 +105,9 @@ def new_model(resolution: int, depth: int, dtype: str) -> DiffiT:
 
 def _with_random_tables(module: nn.Module) -> nn.Module:
     for part in module.modules():
-        if isinstance(part, TimeDependentAttention):
-            nn.init.normal_(part.relative_position_bias_table)
+        table = getattr(part, "relative_position_bias_table", None)
+        if isinstance(part, TimeDependentAttention) and table is not None:
+            nn.init.normal_(table)
     return module
 
 

@@ -18,7 +18,11 @@ from benchmarks.race import DEVICE, Provider, backends
 from diffit_kernels.block import DiffiTBlock, TimeDependentAttention
 from diffit_kernels.dispatch import PREFERENCE
 from diffit_kernels.model import DiffiT
-from diffit_kernels.positions import relative_position_index
+from diffit_kernels.positions import (
+    partition_windows,
+    relative_position_index,
+    reverse_windows,
+)
 
 MAX_AUTOTUNE = "max-autotune"  # with CUDA graphs: the host's time counts here
 
@@ -31,15 +35,24 @@ class SdpaAttention(TimeDependentAttention):
     """
 
     def forward(self, x: Tensor, temb: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """(B, N, C), (B, C) -> (B, N, C), of one window."""
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(x) + self.qkv_temb(temb)[:, None]
-        qkv = qkv.view(batch, tokens, 3, self.num_heads, channels // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nH, N, d) each
-        table = self.relative_position_bias_table
-        bias = table[relative_position_index(self.window_size, table.device)].permute(2, 0, 1)
-        out = sdpa(q, k, v, bias.contiguous()[None])
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
+        """(B, N, C), (B, T) -> (B, N, C), tokens of ``grid`` row by row; default one window."""
+        grid = self.window_size if grid is None else grid
+        qkv = self.qkv(x)
+        if self.qkv_temb is not None:
+            qkv = qkv + self.qkv_temb(temb)[:, None]
+        if grid != self.window_size:
+            qkv = partition_windows(qkv, grid, self.window_size)
+        windows, tokens, _ = qkv.shape
+        qkv = qkv.view(windows, tokens, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B · windows, nH, L, d) each
+        bias = None
+        if (table := self.relative_position_bias_table) is not None:
+            bias = table[relative_position_index(self.window_size, table.device)]
+            bias = bias.permute(2, 0, 1).contiguous()[None]
+        out = sdpa(q, k, v, bias).transpose(1, 2).reshape(windows, tokens, -1)
+        if grid != self.window_size:
+            out = reverse_windows(out, grid, self.window_size)
+        return self.proj(out)
 
 
 def through_sdpa(module: nn.Module) -> None:
