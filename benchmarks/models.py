@@ -88,7 +88,7 @@ def new_block(side: int, dtype: str, **options) -> DiffiTBlock:
     """A literal block of the released width for ``side`` × ``side`` tokens."""
     torch.manual_seed(0)
     block = DiffiTBlock(WIDTH, HEADS, side, 4.0, **options)
-    return _with_random_tables(block).to(DEVICE, DTYPES[dtype])
+    return with_random_tables(block).to(DEVICE, DTYPES[dtype])
 
 
 def new_model(resolution: int, depth: int, dtype: str) -> DiffiT:
@@ -100,10 +100,11 @@ def new_model(resolution: int, depth: int, dtype: str) -> DiffiT:
     with torch.device(DEVICE):
         model = Diffit(input_size=resolution // PIXELS_PER_LATENT, depth=depth)
     nn.init.normal_(model.final_layer.linear.weight, std=0.02)
-    return _with_random_tables(model).to(DTYPES[dtype]).eval()
+    return with_random_tables(model).to(DTYPES[dtype]).eval()
 
 
-def _with_random_tables(module: nn.Module) -> nn.Module:
+def with_random_tables(module: nn.Module) -> nn.Module:
+    """The module, whose position biases are of the size of its scores."""
     for part in module.modules():
         table = getattr(part, "relative_position_bias_table", None)
         if isinstance(part, TimeDependentAttention) and table is not None:

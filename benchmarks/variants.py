@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.peers import compiled, sdpa
 from benchmarks.race import DEVICE, Provider, backends
-from diffit_kernels.block import DiffiTBlock, TimeDependentAttention
+from diffit_kernels.block import TimeDependentAttention
 from diffit_kernels.dispatch import PREFERENCE
-from diffit_kernels.model import DiffiT
 from diffit_kernels.positions import (
     partition_windows,
     relative_position_index,
@@ -42,14 +41,14 @@ class SdpaAttention(TimeDependentAttention):
             qkv = qkv + self.qkv_temb(temb)[:, None]
         if grid != self.window_size:
             qkv = partition_windows(qkv, grid, self.window_size)
-        windows, tokens, _ = qkv.shape
-        qkv = qkv.view(windows, tokens, 3, self.num_heads, -1)
+        windows, tokens, channels3 = qkv.shape
+        qkv = qkv.view(windows, tokens, 3, self.num_heads, channels3 // (3 * self.num_heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B · windows, nH, L, d) each
         bias = None
         if (table := self.relative_position_bias_table) is not None:
             bias = table[relative_position_index(self.window_size, table.device)]
             bias = bias.permute(2, 0, 1).contiguous()[None]
-        out = sdpa(q, k, v, bias).transpose(1, 2).reshape(windows, tokens, -1)
+        out = sdpa(q, k, v, bias).transpose(1, 2).reshape(windows, tokens, channels3 // 3)
         if grid != self.window_size:
             out = reverse_windows(out, grid, self.window_size)
         return self.proj(out)
@@ -65,7 +64,7 @@ def through_sdpa(module: nn.Module) -> None:
 def fused(module: nn.Module, backend: str | None) -> None:
     """Blocks run through the fused ops of a backend; None is the default choice."""
     for part in module.modules():
-        if isinstance(part, (DiffiT, DiffiTBlock, TimeDependentAttention)):
+        if hasattr(type(part), "use_fused_tmsa"):
             part.use_fused_tmsa, part.backend = True, backend
 
 

@@ -1,7 +1,8 @@
 """Fused kernels for DiffiT: windowed time-dependent attention with a learned position bias."""
 
-from diffit_kernels.checkpoint import from_pretrained
+from diffit_kernels.checkpoint import from_pretrained, save_pretrained
 from diffit_kernels.dispatch import use_backend
+from diffit_kernels.image_model import ImageDiffiT, diffit_cifar10, diffit_ffhq64
 from diffit_kernels.model import DiffiT, Diffit
 from diffit_kernels.ops import adaln, mlp, time_projection, time_projections, window_attention
 from diffit_kernels.patch import patch, unpatch
@@ -11,7 +12,11 @@ __all__ = [
     "__version__",
     "DiffiT",
     "Diffit",
+    "ImageDiffiT",
+    "diffit_cifar10",
+    "diffit_ffhq64",
     "from_pretrained",
+    "save_pretrained",
     "patch",
     "unpatch",
     "adaln",

@@ -147,15 +147,16 @@ class TimeDependentAttention(nn.Module):
             qkv = qkv + self.qkv_temb(temb)[:, None]
         if grid != self.window_size:
             qkv = partition_windows(qkv, grid, self.window_size)
-        windows, tokens, _ = qkv.shape
-        qkv = qkv.view(windows, tokens, 3, self.num_heads, -1)
+        windows, tokens, channels3 = qkv.shape
+        head_dim = channels3 // (3 * self.num_heads)
+        qkv = qkv.view(windows, tokens, 3, self.num_heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B · windows, nH, L, d) each
         scores = q * self.scale @ k.mT
         if (table := self.relative_position_bias_table) is not None:
             index = relative_position_index(self.window_size, table.device)
             scores = scores + table[index].permute(2, 0, 1)
         out = scores.softmax(-1).to(v.dtype) @ v
-        out = out.transpose(1, 2).reshape(windows, tokens, -1)
+        out = out.transpose(1, 2).reshape(windows, tokens, channels3 // 3)
         if grid != self.window_size:
             out = reverse_windows(out, grid, self.window_size)
         return self.proj(out)

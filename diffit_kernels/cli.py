@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 
 import diffit_kernels
-from diffit_kernels import checkpoint
+from diffit_kernels.checkpoint import from_pretrained, saved_config
+from diffit_kernels.checkpoint_files import open_checkpoint, read_metadata, resolve
+from diffit_kernels.checkpoint_image import is_image_diffit
 from diffit_kernels.demo import demo
 from diffit_kernels.dispatch import BACKENDS
+from diffit_kernels.image_model import ImageDiffiT
 from diffit_kernels.info import info
 from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling import check_extra, decode
@@ -48,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("diffit_digits.png"), help="the picture")
     command.add_argument("--device", default=_default_device())
     command.add_argument("--backend", choices=BACKENDS)
-    command.set_defaults(command=lambda a: print(demo(a.out, a.device, a.backend)))
+    command.add_argument("--model", choices=["digits", "image_digits"], default="digits")
+    command.set_defaults(command=lambda a: print(demo(a.out, a.device, a.backend, a.model)))
 
     command = commands.add_parser(
         "sample",
@@ -64,9 +68,13 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model_path", required=True, help="file, folder, hub id, or 'digits'")
     add("--log_dir", type=Path, default=Path("samples"), help="the run's folder; default ./samples")
     add("--model", choices=["Diffit"], default="Diffit", help="the checkpoint's shapes decide")
-    add("--image_size", type=int, help="side of the images; must fit the checkpoint")
+    add("--image_size", type=int, help="side of the images; must fit the checkpoint, if it tells")
     add("--num_samples", type=_positive, default=50_000, help="default %(default)s")
-    add("--num_sampling_steps", type=_positive, default=250, help="of 1000; default 250")
+    add(
+        "--num_sampling_steps",
+        type=_positive,
+        help="of 1000, default 250; of Heun for image-space models: 18, above 32 pixels 40",
+    )
     add("--batch_size", type=_positive, default=50, help="default 50")
     add(
         "--cfg_cond", type=_boolean, nargs="?", const=True, default=True, help="guide; default True"
@@ -96,9 +104,10 @@ def sample(arguments: argparse.Namespace) -> None:
     check_extra()
     from tqdm import tqdm
 
-    path = checkpoint.resolve(arguments.model_path)
-    model = checkpoint.from_pretrained(
+    path = resolve(arguments.model_path)
+    model = from_pretrained(
         path,
+        config=_config(arguments, path),
         use_fused_tmsa=arguments.use_fused_tmsa,
         device=arguments.device,
         dtype=DTYPES[arguments.dtype],
@@ -106,7 +115,8 @@ def sample(arguments: argparse.Namespace) -> None:
     )
     _check_labels(arguments.classes, model)
     decoder = _decoder(arguments, path, model)
-    run = SamplingRun(arguments.log_dir, _settings(arguments, path, model))
+    settings = _settings(arguments, path, model)
+    run = SamplingRun(arguments.log_dir, settings)
     total = arguments.num_samples
     done = total - len(run.missing(total))
     if done:
@@ -114,7 +124,7 @@ def sample(arguments: argparse.Namespace) -> None:
     split = arguments.split
     missing = len(run.missing(total, arguments.batch_size, split))
     try:
-        steps = arguments.num_sampling_steps
+        steps = settings.num_sampling_steps
         with tqdm(total=missing * steps, unit="sample", unit_scale=1 / steps) as bar:
             run.sample(model, total, arguments.batch_size, decoder, bar.update, split)
         if decoder is not None:
@@ -138,13 +148,32 @@ def sample(arguments: argparse.Namespace) -> None:
         print(f"wrote {run.grid(total)}")
 
 
-def _settings(arguments: argparse.Namespace, path: Path, model: DiffiT) -> Settings:
-    scale, power = _published_guidance(model)
-    scale = scale if arguments.cfg_scale is None else arguments.cfg_scale
-    power = power if arguments.scale_pow is None else arguments.scale_pow
+def _config(arguments: argparse.Namespace, path: Path) -> dict:
+    """What the command says of an image-space model whose file does not."""
+    with open_checkpoint(path) as tensors:
+        in_image_space = is_image_diffit(tensors.shapes)
+    untold = in_image_space and "image_size" not in saved_config(path)
+    given = arguments.image_size is not None
+    return {"image_size": arguments.image_size} if untold and given else {}
+
+
+def _settings(arguments: argparse.Namespace, path: Path, model: DiffiT | ImageDiffiT) -> Settings:
+    steps, scale, power = _published(model)
+    if isinstance(model, ImageDiffiT):
+        for flag, given in (
+            ("--use_ddim", arguments.use_ddim),
+            ("--scale_pow", arguments.scale_pow),
+        ):
+            if given:
+                raise ValueError(f"{flag} is for latent models, and this one is in image space")
+    given = arguments.cfg_scale, arguments.scale_pow, arguments.num_sampling_steps
+    scale, power, steps = (
+        default if value is None else value
+        for value, default in zip(given, (scale, power, steps), strict=True)
+    )
     return Settings(
         checkpoint=_sha256(path),
-        num_sampling_steps=arguments.num_sampling_steps,
+        num_sampling_steps=steps,
         cfg_scale=scale if arguments.cfg_cond else None,
         scale_pow=power,
         use_ddim=arguments.use_ddim,
@@ -154,16 +183,27 @@ def _settings(arguments: argparse.Namespace, path: Path, model: DiffiT) -> Setti
     )
 
 
-def _published_guidance(model: DiffiT) -> tuple[float, float]:
-    """(scale, power of the schedule): DiffiT's at its two resolutions, or DiT's."""
+def _published(model: DiffiT | ImageDiffiT) -> tuple[int, float | None, float]:
+    """(steps, guidance scale, power of its schedule) of DiffiT in latent or image space, or DiT."""
+    if isinstance(model, ImageDiffiT):
+        return (18 if model.image_size <= 32 else 40), None, 0.0
     if model.conditioning == "adaln_zero":
-        return 1.5, 0.0
-    return (4.4 if model.input_size <= 32 else 1.49), 4.0
+        return 250, 1.5, 0.0
+    return 250, (4.4 if model.input_size <= 32 else 1.49), 4.0
 
 
-def _decoder(arguments: argparse.Namespace, path: Path, model: DiffiT) -> decode.Decoder | None:
+def _decoder(
+    arguments: argparse.Namespace, path: Path, model: DiffiT | ImageDiffiT
+) -> decode.Decoder | None:
     """What turns this checkpoint's latents into images, or None, said aloud."""
-    shuffled = checkpoint.read_metadata(path).get("decoder") == "pixel_shuffle"
+    if isinstance(model, ImageDiffiT):
+        if arguments.image_size not in (None, model.image_size):
+            raise ValueError(
+                f"--image_size {arguments.image_size} does not fit the checkpoint, whose images "
+                f"have {model.image_size}"
+            )
+        return decode.image_decoder()
+    shuffled = read_metadata(path).get("decoder") == "pixel_shuffle"
     factor = decode.SHUFFLE_FACTOR if shuffled else decode.VAE_FACTOR
     side = model.input_size * factor
     if arguments.image_size not in (None, side):
@@ -184,7 +224,9 @@ def _decoder(arguments: argparse.Namespace, path: Path, model: DiffiT) -> decode
         return None
 
 
-def _check_labels(classes: Sequence[int], model: DiffiT) -> None:
+def _check_labels(classes: Sequence[int], model: DiffiT | ImageDiffiT) -> None:
+    if classes and model.num_classes is None:
+        raise ValueError(f"--classes: the checkpoint has none, got {list(classes)}")
     outside = [label for label in classes if not 0 <= label < model.num_classes]
     if outside:
         raise ValueError(f"--classes must be in 0..{model.num_classes - 1}, got {outside}")

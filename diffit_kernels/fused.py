@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.utils.checkpoint import checkpoint
 
 from diffit_kernels.ops import adaln, linear, mlp, time_projections, window_attention
 
@@ -60,8 +59,6 @@ def blocks(
     kind: type,
     x: Tensor,
     temb: Tensor,
-    *,
-    gradient_checkpointing: bool = False,
 ) -> Tensor:
     """Blocks in a row, each of which leaves its last sum to the first norm of the next.
 
@@ -71,13 +68,8 @@ def blocks(
     training, where its input is kept, and wherever the product before it cannot apply it as it
     writes (see the mlp op's backends). The eager backend takes more: it reads x again for LN, and
     its attention keeps scores. Only bare modules of class ``kind`` with ``use_fused_tmsa`` are
-    joined; others are called. With ``gradient_checkpointing`` all are, and where a gradient is
-    asked for each keeps its input alone and is computed again in the backward.
+    joined; others are called.
     """
-    if gradient_checkpointing and torch.is_grad_enabled():
-        for module in modules:
-            x = checkpoint(module, x, temb, use_reentrant=False)
-        return x
     branch = gate = None
     for module in modules:
         if _is_bare(module, kind) and module.use_fused_tmsa:
@@ -155,7 +147,7 @@ def attention(
     """
     batch, tokens, channels = x.shape
     if grid is None:
-        grid = parts.window_size or _nearly_square(tokens)
+        grid = parts.window_size or nearly_square(tokens)
     height, width = grid
     if tokens != height * width:
         raise ValueError(
@@ -178,7 +170,7 @@ def attention(
     return project(parts.proj, out.view(batch, tokens, channels), backend=backend)
 
 
-def _nearly_square(tokens: int) -> tuple[int, int]:
+def nearly_square(tokens: int) -> tuple[int, int]:
     """h · w = tokens with h <= w as near as can be: without a bias any shape gives the same."""
     height = next(h for h in range(max(1, int(tokens**0.5)), 0, -1) if tokens % h == 0)
     return height, tokens // height

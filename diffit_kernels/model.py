@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from diffit_kernels import fused
 from diffit_kernels.block import AdaLNModulation, DiffiTBlock, modulate
-from diffit_kernels.dispatch import check_backend
 from diffit_kernels.positions import sincos_position_embedding
+from diffit_kernels.switches import Switches
 
 
-class DiffiT(nn.Module):
+class DiffiT(Switches):
     """Latent DiffiT (arXiv 2312.02139): a transformer over patches, conditioned through attention.
 
     Or, for the paper's comparison, through its norms, or through both. With ``"adaln_zero"`` and no
@@ -43,7 +43,8 @@ class DiffiT(nn.Module):
         use_fused_tmsa: compute the blocks through the fused ops. Changes speed and memory, never
             results beyond rounding. Also a settable property of the model.
         backend: which implementation of the fused ops to use, see :mod:`diffit_kernels.dispatch`;
-            None chooses by device. Also a settable property.
+            None chooses by device. Also a settable property, as is ``gradient_checkpointing``
+            (see :class:`~diffit_kernels.switches.Switches`).
 
     Raises:
         ValueError: sizes that do not fit together, or an unknown backend.
@@ -126,48 +127,8 @@ class DiffiT(nn.Module):
             hidden_size, patch_size, self.out_channels, modulated=conditioning != "tmsa"
         )
         self.use_fused_tmsa = use_fused_tmsa
-        self.gradient_checkpointing = False
         self.backend = backend
         self.initialize_weights()
-
-    @property
-    def use_fused_tmsa(self) -> bool:
-        """Whether the blocks run through the fused ops; set it at any time."""
-        return self._use_fused_tmsa
-
-    @use_fused_tmsa.setter
-    def use_fused_tmsa(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"use_fused_tmsa must be a bool, got {value!r}")
-        self._use_fused_tmsa = value
-        self.final_layer.use_fused_tmsa = value
-        for block in self.blocks:
-            block.use_fused_tmsa = block.attn.use_fused_tmsa = value
-
-    @property
-    def backend(self) -> str | None:
-        """The fused ops' backend, None for the device's default; set it at any time."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, value: str | None) -> None:
-        self._backend = self.final_layer.backend = check_backend(value)
-        for block in self.blocks:
-            block.backend = block.attn.backend = value
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether training keeps one input a block and computes the rest again; set it any time.
-
-        A third more arithmetic for memory that grows with depth by one (B, N, C) a block.
-        """
-        return self._gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"gradient_checkpointing must be a bool, got {value!r}")
-        self._gradient_checkpointing = value
 
     def initialize_weights(self) -> None:
         """Xavier-uniform linear layers, N(0, 0.02) embeddings, zero output: the published start.
@@ -213,10 +174,11 @@ class DiffiT(nn.Module):
         self._check_inputs(x, t, y)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, C)
         temb = self.t_embedder(t) + self.y_embedder(y, self.training)  # (B, C)
-        x = fused.blocks(
-            *(self.blocks, DiffiTBlock, x, temb),
-            gradient_checkpointing=self.gradient_checkpointing,
-        )  # (B, N, C)
+        if self._recomputes():
+            for block in self.blocks:
+                x = self._call(block, x, temb)
+        else:
+            x = fused.blocks(self.blocks, DiffiTBlock, x, temb)  # (B, N, C)
         x = self.final_layer(x, temb)  # (B, N, p · p · out_channels)
         return self._unpatchify(x)  # (B, out_channels, S, S)
 

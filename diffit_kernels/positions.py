@@ -30,12 +30,16 @@ def sincos_position_embedding(channels: int, side: int) -> Tensor:
 def partition_windows(x: Tensor, grid: tuple[int, int], window_size: tuple[int, int]) -> Tensor:
     """(B, H · W, C) -> (B · windows, h · w, C), windows and their tokens row by row: a copy."""
     (height, width), (h, w) = grid, window_size
-    x = x.reshape(-1, height // h, h, width // w, w, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, h * w, x.shape[-1])
+    batch, _, channels = x.shape
+    rows, columns = height // h, width // w
+    x = x.reshape(batch, rows, h, columns, w, channels)
+    return x.transpose(2, 3).reshape(batch * rows * columns, h * w, channels)
 
 
 def reverse_windows(x: Tensor, grid: tuple[int, int], window_size: tuple[int, int]) -> Tensor:
     """The inverse of :func:`partition_windows`."""
     (height, width), (h, w) = grid, window_size
-    x = x.reshape(-1, height // h, width // w, h, w, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, height * width, x.shape[-1])
+    rows, columns, channels = height // h, width // w, x.shape[-1]
+    batch = x.shape[0] // (rows * columns)
+    x = x.reshape(batch, rows, columns, h, w, channels)
+    return x.transpose(2, 3).reshape(batch, height * width, channels)

@@ -25,6 +25,11 @@ class Recording:
             if key.startswith(prefix)
         }
 
+    def renamed(self, prefix: str, rename) -> dict[str, torch.Tensor]:
+        """What is under the prefix by other names, without what ``rename`` gives None for."""
+        tensors = self.under(prefix)
+        return {new: value for key, value in tensors.items() if (new := rename(key)) is not None}
+
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.tensors[key]
 

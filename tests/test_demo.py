@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from diffit_kernels import from_pretrained
-from diffit_kernels.checkpoint import DIGITS
+from diffit_kernels.checkpoint_files import PACKAGED
 from diffit_kernels.cli import main
 from diffit_kernels.demo import sample_digits
 from diffit_kernels.sampling.decode import shuffle_decoder
@@ -50,8 +50,8 @@ def test_samples_are_not_all_alike():
 
 
 def test_the_checkpoint_is_small_and_says_how_to_decode():
-    assert DIGITS.stat().st_size < 3e6
-    with safe_open(DIGITS, "pt") as file:
+    assert PACKAGED["digits"].stat().st_size < 3e6
+    with safe_open(PACKAGED["digits"], "pt") as file:
         assert file.metadata()["decoder"] == "pixel_shuffle"
 
 

@@ -1,6 +1,16 @@
-"""Guided sampling as published: schedule, denoising loop, decoding, and resumable runs to disk."""
+"""Guided sampling as published: schedule, denoising loop, decoding, and resumable runs to disk.
+
+Latents by DDPM or DDIM; images by EDM, which also trains.
+"""
 
 from diffit_kernels.sampling.denoise import denoise, initial_noise, sample_generator
+from diffit_kernels.sampling.edm import (
+    denoised,
+    edm_loss,
+    heun_sample,
+    image_noise,
+    sigma_schedule,
+)
 from diffit_kernels.sampling.schedule import check_extra, make_scheduler, respaced_timesteps
 
 __all__ = [
@@ -10,4 +20,9 @@ __all__ = [
     "sample_generator",
     "initial_noise",
     "denoise",
+    "sigma_schedule",
+    "image_noise",
+    "denoised",
+    "edm_loss",
+    "heun_sample",
 ]

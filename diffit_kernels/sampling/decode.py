@@ -1,4 +1,4 @@
-"""From latents to uint8 images: the Stable Diffusion VAE, pixel shuffling, or no decoder at all."""
+"""To uint8 images: by the Stable Diffusion VAE, by pixel shuffling, or as they are."""
 
 from collections.abc import Callable
 
@@ -28,6 +28,15 @@ def shuffle_decoder() -> Decoder:
 
     def decode(latents: Tensor) -> np.ndarray:
         return to_uint8(F.pixel_shuffle(latents, SHUFFLE_FACTOR).expand(-1, 3, -1, -1))
+
+    return decode
+
+
+def image_decoder() -> Decoder:
+    """Images as they are, (B, 3, S, S) or grey (B, 1, S, S) in [-1, 1] -> (B, S, S, 3)."""
+
+    def decode(images: Tensor) -> np.ndarray:
+        return to_uint8(images.expand(-1, 3, -1, -1))
 
     return decode
 

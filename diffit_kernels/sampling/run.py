@@ -7,21 +7,22 @@ there is whole. Started again, the run computes what is missing and nothing else
 
 import functools
 import json
-import os
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from diffit_kernels.checkpoint_files import written_aside
+from diffit_kernels.image_model import ImageDiffiT
 from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling.decode import Decoder
 from diffit_kernels.sampling.denoise import denoise, initial_noise, sample_generator
+from diffit_kernels.sampling.edm import heun_sample, image_noise
 from diffit_kernels.sampling.schedule import respaced_timesteps
 
 SHARD = re.compile(r"\d{8}-\d{8}\.npz")
@@ -32,7 +33,10 @@ GRID_GAP = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the samples of a run; a folder holds samples of one such setting only."""
+    """What decides the samples of a run; a folder holds samples of one such setting only.
+
+    An image-space model has no use for ``scale_pow`` and ``use_ddim``.
+    """
 
     checkpoint: str  # sha256 of the file
     num_sampling_steps: int
@@ -82,9 +86,13 @@ class SamplingRun:
                 "Take another --log_dir, or the old settings to resume."
             )
 
-    def label_and_generator(self, index: int, num_classes: int) -> tuple[int, torch.Generator]:
-        """The class of a sample and its random numbers."""
+    def label_and_generator(
+        self, index: int, num_classes: int | None
+    ) -> tuple[int, torch.Generator]:
+        """The class of a sample and its random numbers; 0 where there are no classes."""
         generator = sample_generator(self.settings.seed, index)
+        if num_classes is None:
+            return 0, generator
         drawn = int(torch.randint(num_classes, (1,), generator=generator))
         classes = self.settings.classes
         return (classes[index % len(classes)] if classes else drawn), generator
@@ -100,7 +108,7 @@ class SamplingRun:
 
     def sample(
         self,
-        model: DiffiT,
+        model: DiffiT | ImageDiffiT,
         num_samples: int,
         batch_size: int,
         decoder: Decoder | None,
@@ -115,19 +123,33 @@ class SamplingRun:
         for indices in _runs(self.missing(num_samples, batch_size, split), batch_size):
             pairs = [self.label_and_generator(index, model.num_classes) for index in indices]
             labels, generators = zip(*pairs, strict=True)
-            labels = torch.tensor(labels, device=model.pos_embed.device)
-            latents = denoise(
+            labels = torch.tensor(labels, device=next(model.parameters()).device)
+            step = functools.partial(on_step, len(indices))
+            self._store(indices, self._generate(model, labels, generators, step), labels, decoder)
+
+    def _generate(self, model, labels, generators, on_step) -> torch.Tensor:
+        """What the model's own sampler makes: latents by the published one, images by Heun's."""
+        settings = self.settings
+        if isinstance(model, ImageDiffiT):
+            return heun_sample(
                 model,
-                initial_noise(model, generators),
-                labels,
-                num_steps=self.settings.num_sampling_steps,
-                cfg_scale=self.settings.cfg_scale,
-                scale_pow=self.settings.scale_pow,
-                use_ddim=self.settings.use_ddim,
-                generators=generators,
-                on_step=functools.partial(on_step, len(indices)),
+                image_noise(model, generators),
+                None if model.num_classes is None else labels,
+                num_steps=settings.num_sampling_steps,
+                cfg_scale=settings.cfg_scale,
+                on_step=on_step,
             )
-            self._store(indices, latents, labels, decoder)
+        return denoise(
+            model,
+            initial_noise(model, generators),
+            labels,
+            num_steps=settings.num_sampling_steps,
+            cfg_scale=settings.cfg_scale,
+            scale_pow=settings.scale_pow,
+            use_ddim=settings.use_ddim,
+            generators=generators,
+            on_step=on_step,
+        )
 
     def decode_stored(self, decoder: Decoder) -> None:
         """Give images to the shards that were stored without a decoder."""
@@ -220,20 +242,6 @@ def picture_grid(images: np.ndarray, columns: int):
         )
         sheet[y : y + height, x : x + width] = image
     return Image.fromarray(sheet)
-
-
-@contextmanager
-def written_aside(path: Path):
-    """A binary file that appears at ``path`` complete and synced, or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _runs(indices: list[int], batch_size: int) -> Iterator[list[int]]:
