@@ -263,6 +263,13 @@ def test_buffers_and_functions_tell_modules_apart(inputs):
     assert_close(model(*inputs), expected, 2e-5)
 
 
+def test_buffers_of_any_dtype(inputs):
+    model = lookalike.Transformer()
+    for layer in model.layers:
+        layer.attn.register_buffer("seen", torch.ones((), dtype=torch.bfloat16))
+    assert fused_calls(patch(model), *inputs) == 2 * BLOCK_CALLS
+
+
 @pytest.mark.parametrize("part", ["norm1", "norm2", "mlp", "mlp.fc1", "attn.qkv", "attn.qkv_temb"])
 def test_a_forward_set_on_an_instance_is_called(model, inputs, part):
     """As some libraries install their hooks."""
@@ -271,13 +278,6 @@ def test_a_forward_set_on_an_instance_is_called(model, inputs, part):
     module.forward = lambda x: 2 * own(x)
     ours = model(*inputs)
     assert_close(ours, unpatch(model)(*inputs), 2e-5)
-
-
-def test_a_replaced_forward_of_the_attention_is_refused():
-    attention = lookalike.Attention(16, 2, 4)
-    attention.forward = lambda x, temb: x
-    with pytest.raises(ValueError, match="its forward was replaced on the instance"):
-        patch(attention)
 
 
 def test_parametrized_attention(model):
@@ -299,19 +299,6 @@ def test_a_shared_time_token_takes_the_own_forward(model, inputs):
         assert_close(patch(model)(inputs[0], inputs[1][:1]), expected, 2e-5)
 
 
-def test_strange_neighbours_do_not_stop_the_patching(model, inputs):
-    model.odd = nn.Module()
-    model.odd.attn = {}
-    near_miss = lookalike.Attention(16, 2, 4)
-    near_miss.relative_position_bias_table = None
-    model.near_miss = near_miss
-    assert fused_calls(patch(model), *inputs) == 2 * BLOCK_CALLS
-    near_miss.relative_position_bias_table = nn.Parameter(torch.zeros(49, 2))
-    near_miss.window_size = (1, 4, 4)
-    with pytest.raises(ValueError, match="its parts do not fit together"):
-        patch(near_miss)
-
-
 def test_a_block_that_computes_something_else_keeps_its_forward(inputs):
     torch.manual_seed(0)
     model = lookalike.Transformer(layer=lookalike.GatedLayer)
@@ -329,38 +316,4 @@ def test_backend_is_passed_on(model, inputs, monkeypatch):
     with pytest.raises(NotImplementedError, match=r"backend 'triton' cannot run this on cpu"):
         model(*inputs)
     patch(model, backend=None)
-    model(*inputs)
-
-
-def test_errors(model):
-    with pytest.raises(ValueError, match=r"no attention to patch.*qkv_temb.*near misses: none"):
-        patch(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"set model\.use_fused_tmsa = True instead"):
-        patch(diffit_kernels.DiffiT(input_size=4, hidden_size=16, depth=1, num_heads=2))
-    with pytest.raises(TypeError, match=r"patch: model must be a torch\.nn\.Module, got dict"):
-        patch({})
-    with pytest.raises(ValueError, match="backend must be one of"):
-        patch(model, backend="cuda")
-
-
-def test_near_misses_are_named():
-    cases = {
-        "lacks qkv_temb": lambda a: delattr(a, "qkv_temb"),
-        r"bias table has shape \(48, 2\), not \(49, 2\)": lambda a: setattr(
-            a, "relative_position_bias_table", nn.Parameter(torch.zeros(48, 2))
-        ),
-        "not the row-major one": lambda a: a.relative_position_index.copy_(
-            a.relative_position_index.T.clone()
-        ),
-    }
-    for message, damage in cases.items():
-        attention = lookalike.Attention(16, 2, 4)
-        damage(attention)
-        with pytest.raises(ValueError, match=message):
-            patch(attention)
-    with pytest.raises(ValueError, match="computes something else"):
-        patch(lookalike.SineAttention(16, 2, 4))
-    with torch.device("meta"):
-        attention = lookalike.Attention(16, 2, 4)
-    with pytest.raises(ValueError, match="meta device"):
-        patch(attention)
+    assert fused_calls(model, *inputs) == 2 * BLOCK_CALLS, "blocks were tried on another backend"

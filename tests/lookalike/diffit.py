@@ -1,8 +1,4 @@
-"""A model with the structure of the released DiffiT and none of its code, as users' models are.
-
-Not built from the package's modules: other class names, an index buffer that is kept, dropouts and
-an idle normalisation in the MLP, and ``temb`` by keyword.
-"""
+"""A latent DiffiT, as it was released: an index buffer in every attention, ``temb`` by keyword."""
 
 import torch
 from torch import Tensor, nn
