@@ -88,6 +88,16 @@ def _load(package: str, backend: str) -> tuple[ModuleType | None, str | None, bo
         return None, f"{backend} kernels could not be imported: {error}", True
 
 
+def _is_transformed() -> bool:
+    """Whether grad, vmap or the like of torch.func is active; functionalize alone is harmless."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_compiling():  # Dynamo traces none but the transforms refused
+        return True
+    levels = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() != torch._C._functorch.TransformType.Functionalize for level in levels)
+
+
 def _as_op(function: Callable) -> Callable:
     """An implementation as the op runs it: no autocast inside, contiguous results as promised."""
 
@@ -260,5 +270,11 @@ class FusedOp:
             raise NotImplementedError(
                 f"{self.name} has no forward-mode derivative; use the literal equations "
                 "(use_fused_tmsa=False, or unpatch)"
+            )
+        if _is_transformed():
+            raise NotImplementedError(
+                f"{self.name} has no rule for torch.func's grad and vmap; use backward() or "
+                "torch.autograd.grad on a batch, or the literal equations (use_fused_tmsa=False, "
+                "or unpatch)"
             )
         return self._overloads[self.choose(device, *args, backend=backend)](*args)

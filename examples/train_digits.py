@@ -4,21 +4,16 @@
 
 The images become 4 × 4 "latents" of 4 channels by ``pixel_unshuffle``, so that the published
 model, guidance and samplers run on them unchanged; ``pixel_shuffle`` is the decoder. The process
-is the published one: 1000 steps, linear betas, noise prediction and a learned range of variances,
-trained with the hybrid loss of Improved DDPM (arXiv 2102.09672, section 3.1).
+and its loss are the published ones (``diffusion_loss.py``). For your own latents, in a run that
+resumes, there is ``train_latents.py``.
 
 The weights written are an exponential moving average. Ctrl-C stops early and keeps what it reached.
 The packaged model is what this writes with its defaults; train_digits_loss.png is its loss.
-
-The letters: B batch; t timesteps 0..999; x0 data; x_t = sqrt(ᾱ_t) x0 + sqrt(1 - ᾱ_t) ε.
 """
 
 import argparse
 import copy
-import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,8 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffit_kernels import DiffiT
+from diffusion_loss import NUM_TIMESTEPS, Diffusion, cosine_rate, hybrid_loss, update_ema
+from run_folder import write_whole
 
-NUM_TIMESTEPS = 1000
 HALF_BIN = 1 / 16  # 17 grey levels on [-1, 1] are 2 / 16 apart
 
 
@@ -104,12 +100,14 @@ def train(
     latents, classes = digits_latents()
     diffusion = Diffusion.linear()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: learning_rate(i, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine_rate(i, steps))
     model.train()
     bar = tqdm(range(steps), desc="training", mininterval=0.5)
     for step in bar:
         index = torch.randint(len(latents), (batch_size,))
-        mse, bound = hybrid_loss(model, diffusion, latents[index], classes[index])
+        x0 = latents[index]
+        t, epsilon = torch.randint(NUM_TIMESTEPS, (batch_size,)), torch.randn_like(x0)
+        mse, bound = hybrid_loss(model, diffusion, x0, classes[index], t, epsilon, HALF_BIN)
         optimizer.zero_grad(set_to_none=True)
         (mse + bound).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,112 +119,10 @@ def train(
         yield parts
 
 
-def learning_rate(step: int, steps: int, warm_up: int = 100) -> float:
-    """min(1, (step + 1) / warm_up) · ½ (1 + cos(π step / steps)): the share of the peak rate."""
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-@torch.no_grad()
-def update_ema(ema: DiffiT, model: DiffiT, step: int, decay: float = 0.999) -> None:
-    """ema += (1 - d) (model - ema) with d = min(decay, (step + 1) / (step + 10)), in place.
-
-    The smaller d of the first steps lets the average forget the random start.
-    """
-    rate = 1 - min(decay, (step + 1) / (step + 10))
-    for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
-        average.lerp_(parameter, rate)
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """What the loss needs of the noise schedule: (1000,) float32 each, indexed by t.
-
-    The mean of x_{t-1} given x_t is (x_t - β_t / sqrt(1 - ᾱ_t) ε) / sqrt(α_t), so that an error of
-    ε moves it by ``mean_error`` times as much. ``log_beta`` and ``log_posterior`` are the ends of
-    the learned range of log variances.
-    """
-
-    signal: Tensor  # sqrt(ᾱ_t)
-    noise: Tensor  # sqrt(1 - ᾱ_t)
-    mean_error: Tensor  # β_t / sqrt(α_t (1 - ᾱ_t))
-    log_beta: Tensor  # log β_t
-    log_posterior: Tensor  # log of β_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)
-
-    @classmethod
-    def linear(cls) -> "Diffusion":
-        """β_t from 1e-4 to 0.02 in equal steps, computed in float64."""
-        beta = torch.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=torch.float64)
-        alpha_bar = (1 - beta).cumprod(0)
-        previous = torch.cat((torch.ones(1, dtype=torch.float64), alpha_bar[:-1]))
-        posterior = beta * (1 - previous) / (1 - alpha_bar)
-        posterior[0] = posterior[1]  # the last step has no posterior variance, and log 0 no value
-        mean_error = beta / ((1 - beta) * (1 - alpha_bar)).sqrt()
-        tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), mean_error, beta.log(), posterior.log()
-        return cls(*(table.float() for table in tables))
-
-
-def hybrid_loss(
-    model: DiffiT, diffusion: Diffusion, x0: Tensor, classes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """L_simple + λ L_vlb with λ = 1 / 1000, at one uniform timestep per sample.
-
-    ::
-
-        L_simple = mean (ε - ε_θ)²
-        λ L_vlb  = mean L_t,  as L_vlb is the sum of E[L_t] over the 1000 timesteps
-
-    ε_θ counts as a constant in L_vlb, which trains the variance only. x0 is (B, 4, 4, 4) float32,
-    ``classes`` (B,) int64; returns the two scalars, the second in bits per pixel.
-    """
-    t = torch.randint(NUM_TIMESTEPS, (len(x0),))
-    epsilon = torch.randn_like(x0)
-    x_t = at(diffusion.signal, t) * x0 + at(diffusion.noise, t) * epsilon
-    predicted, v = model(x_t, t, classes).chunk(2, 1)  # (B, 4, 4, 4) each
-    bound = variational_bound(diffusion, x0, epsilon - predicted.detach(), v, t)
-    return (epsilon - predicted).square().mean(), bound.mean()
-
-
-def variational_bound(
-    diffusion: Diffusion, x0: Tensor, epsilon_error: Tensor, v: Tensor, t: Tensor
-) -> Tensor:
-    """L_t per pixel, in bits::
-
-        L_t = KL(N(μ, σ_q²) || N(μ_θ, σ²))
-            = ½ (log σ² - log σ_q² - 1 + (σ_q² + (μ - μ_θ)²) / σ²)                         t > 0
-        L_0 = -log(Φ((x0 + h - μ_θ) / σ) - Φ((x0 - h - μ_θ) / σ)),  h half a grey level    t = 0
-
-    with log σ² = f log β_t + (1 - f) log σ_q², f = (v + 1) / 2, σ_q² the posterior variance, and
-    μ_θ - μ = β_t / sqrt(α_t (1 - ᾱ_t)) · (ε - ε_θ); at t = 0, μ is x0.
-    x0, ``epsilon_error`` = ε - ε_θ, v and the result are (B, 4, 4, 4) float32, t is (B,) int64.
-    """
-    log_q = at(diffusion.log_posterior, t)
-    fraction = (v + 1) / 2
-    log_variance = fraction * at(diffusion.log_beta, t) + (1 - fraction) * log_q
-    error = at(diffusion.mean_error, t) * epsilon_error  # μ_θ - μ
-    ratio = (log_q - log_variance).exp() + error.square() * (-log_variance).exp()
-    divergence = 0.5 * (log_variance - log_q - 1 + ratio)
-
-    deviation = (0.5 * log_variance).exp()
-    # The outermost grey levels take the tails, so that the 17 probabilities add up to one.
-    upper = torch.special.ndtr((HALF_BIN - error) / deviation).where(x0 < 1 - HALF_BIN, 1.0)
-    lower = torch.special.ndtr((-HALF_BIN - error) / deviation).where(x0 > HALF_BIN - 1, 0.0)
-    likelihood = -(upper - lower).clamp_min(1e-12).log()
-    return torch.where(t.view(-1, 1, 1, 1) == 0, likelihood, divergence) / math.log(2)
-
-
-def at(table: Tensor, t: Tensor) -> Tensor:
-    """table[t] as (B, 1, 1, 1), to broadcast over latents."""
-    return table[t].view(-1, 1, 1, 1)
-
-
 def save_weights(model: DiffiT, path: Path) -> None:
     """Write the state dict to ``path``; whatever happens, ``path`` is the old file or the new."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
-        file.write(save(model.state_dict(), metadata={"decoder": "pixel_shuffle"}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    weights = save(model.state_dict(), metadata={"decoder": "pixel_shuffle"})
+    write_whole(path, lambda file: file.write(weights))
 
 
 def plot_losses(losses: list[tuple[float, float]], path: Path, window: int = 50) -> None:

@@ -83,6 +83,31 @@ def cuda_device(emulated, monkeypatch):
         yield DEVICES[-1]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that more threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def judge():
+    """A support vector classifier that is right on at least 97 % of real digits it has not seen."""
+    svm = pytest.importorskip("sklearn.svm", reason="scikit-learn is not installed")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    seen, unseen, classes, answers = train_test_split(
+        digits.data, digits.target, test_size=0.3, random_state=0
+    )
+    classifier = svm.SVC(gamma=0.001).fit(seen, classes)
+    assert classifier.score(unseen, answers) >= 0.97
+    return classifier
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ def window_attention(
     num_heads: int,
     window_size: int | tuple[int, int],
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     backend: str | None = None,
 ) -> Tensor:
     """TMSA's attention over non-overlapping windows (DiffiT, eq. 6).
@@ -53,6 +53,7 @@ def window_attention(
         NotImplementedError: the requested backend cannot serve the case, or ``dropout_p`` > 0.
     """
     op = "window_attention"
+    # The default is an int: a float would be a symbol to Dynamo under dynamic=True, and this fails.
     if not (isinstance(dropout_p, float | int) and 0 <= dropout_p < 1):
         raise ValueError(f"{op}: dropout_p must be a number in [0, 1), got {dropout_p!r}")
     if dropout_p > 0:
