@@ -22,6 +22,7 @@ from benchmarks.variants import VARIANTS, providers
 from diffit_kernels.image_model import ImageDiffiT, diffit_cifar10
 
 pytestmark = REPLAYED
+COMPILED = [name for name in VARIANTS if "compile" in name]  # training takes minutes to compile
 BATCH = {"cpu": 4, "cuda": 256}[DEVICE]
 RATE = 1e-7  # so small that the shared parameters stay what they are for the time of a race
 SIZES = {"batch": BATCH, "resolution": 32, "window": 4, "heads": 4}
@@ -100,7 +101,7 @@ def bench_image_model(race, dtype, provider):
     race(lambda: make(dtype), sizes=SIZES, flops=flops(False), tolerance=RECORDINGS)
 
 
-@pytest.mark.parametrize("provider", parameters(VARIANTS))
+@pytest.mark.parametrize("provider", parameters(VARIANTS, full=COMPILED))
 @pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
 def bench_image_training(race, dtype, provider):
     race(lambda: make_training(dtype), sizes=SIZES, flops=flops(True), tolerance=RECORDINGS)

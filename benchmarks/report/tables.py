@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from benchmarks.rows import Row
 
 SUMMARISED = (
-    *("block", "model", "training", "sampling"),
+    *("block", "dit_block", "model", "image_model", "training", "image_training", "sampling"),
     *("window_attention", "adaln", "mlp", "time_projection", "time_projections", "group_norm"),
 )
 SCALING = {"scaling_batch": "batch", "scaling_tokens": "tokens", "scaling_depth": "depth"}
