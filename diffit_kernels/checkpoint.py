@@ -99,11 +99,15 @@ def from_pretrained(
     return model.eval()
 
 
-def save_pretrained(model: DiffiT | ImageDiffiT, path: str | os.PathLike) -> None:
+def save_pretrained(
+    model: DiffiT | ImageDiffiT,
+    path: str | os.PathLike,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a safetensors file of the model's state dict, complete at ``path`` or not at all.
 
-    The file of an image-space model holds its configuration as metadata; a latent one's is the
-    published format, whose shapes tell it.
+    The file of an image-space model holds its configuration as metadata, beside ``metadata``; a
+    latent one's is the published format, whose shapes tell it.
 
     Raises:
         TypeError: ``model`` is neither, but a wrapper of one, say.
@@ -114,11 +118,12 @@ def save_pretrained(model: DiffiT | ImageDiffiT, path: str | os.PathLike) -> Non
         raise TypeError(
             f"save_pretrained: model must be a DiffiT or an ImageDiffiT, got {type(model).__name__}"
         )
-    in_image_space = isinstance(model, ImageDiffiT)
-    metadata = {"config": json.dumps(model.config)} if in_image_space else None
+    metadata = dict(metadata or {})
+    if isinstance(model, ImageDiffiT):
+        metadata["config"] = json.dumps(model.config)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     with written_aside(Path(path)) as file:
-        file.write(save(state, metadata))
+        file.write(save(state, metadata or None))
 
 
 def saved_config(path: Path) -> dict:

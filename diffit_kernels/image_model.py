@@ -299,18 +299,7 @@ class ImageDiffiT(Switches):
         if not c_noise.is_floating_point():
             raise TypeError(f"ImageDiffiT: c_noise must be floating point, got {c_noise.dtype}")
         if y is not None:
-            self._check_labels(y)
-
-    def _check_labels(self, y: Tensor) -> None:
-        if y.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"ImageDiffiT: y must be int64 or int32 class labels, got {y.dtype}")
-        readable = type(y) is Tensor and y.device.type == "cpu"  # no fake, traced or remote values
-        if readable and y.numel() and not torch.compiler.is_compiling():
-            last = self.y_embedder.embedding_table.num_embeddings - 1
-            if y.min() < 0 or y.max() > last:
-                raise ValueError(
-                    f"ImageDiffiT: labels must be in 0..{last}, got {int(y.min())}..{int(y.max())}"
-                )
+            self.y_embedder.check("ImageDiffiT", y)
 
 
 def diffit_cifar10(**kwargs) -> ImageDiffiT:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffit_kernels import fused
 from diffit_kernels.block import AdaLNModulation, DiffiTBlock, modulate
+from diffit_kernels.ops import time_projections
 from diffit_kernels.positions import sincos_position_embedding
 from diffit_kernels.switches import Switches
 
@@ -171,7 +172,7 @@ class DiffiT(Switches):
             TypeError, ValueError: an argument breaks one of the rules above. Labels on an
             accelerator are not looked at, for that would wait for the device.
         """
-        self._check_inputs(x, t, y)
+        self.check_inputs(x, t, y)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, C)
         temb = self.t_embedder(t) + self.y_embedder(y, self.training)  # (B, C)
         if self._recomputes():
@@ -227,11 +228,40 @@ class DiffiT(Switches):
             )
         half = x[: len(x) // 2]
         out = self.forward(torch.cat((half, half)), t, y)
-        guided, rest = out[:, :3], out[:, 3:]
-        conditional, null = guided.chunk(2)
         weight = self.guidance_weight(t[: len(half)], cfg_scale, diffusion_steps, scale_pow)
-        guided = null + weight.to(out.dtype).view(-1, 1, 1, 1) * (conditional - null)
-        return torch.cat((torch.cat((guided, guided)), rest), 1)
+        guided = guide(out, weight)
+        return torch.cat((torch.cat((guided, guided)), out[:, 3:]), 1)
+
+    def forward_with_time_parts(self, x: Tensor, time_parts: Tensor) -> Tensor:
+        """:meth:`forward` with the time tokens' parts given, and k time tokens for every sample.
+
+        For a model of conditioning "tmsa" with ``use_fused_tmsa``, its blocks bare. What does not
+        depend on the time token is computed once: patches, and the first block's norm and qkv.
+
+        Args:
+            x: (B, in_channels, S, S), as of :meth:`forward`.
+            time_parts: (depth, k · B, 2C), k runs of B, as :meth:`time_parts` makes them.
+
+        Returns:
+            (k · B, out_channels, S, S).
+
+        Raises:
+            ValueError: a block is not of that kind.
+        """
+        x = self.x_embedder(x) + self.pos_embed  # (B, N, C)
+        x = fused.blocks(self.blocks, DiffiTBlock, x, None, time_parts)  # (k · B, N, C)
+        return self._unpatchify(self.final_layer(x, None))
+
+    def time_parts(self, temb: Tensor, bias: bool = True) -> Tensor:
+        """(B, C) time tokens -> (depth, B, 2C): every block's q and v parts, in one product.
+
+        Without ``bias``, their linear part: c has no activation in DiffiT, so that
+        W (t_emb + y_emb) + b = W t_emb + (W y_emb + b).
+        """
+        layers = [block.attn.qkv_temb for block in self.blocks]
+        weights = [layer.weight for layer in layers]
+        biases = [layer.bias for layer in layers] if bias else ()
+        return time_projections(temb, weights, biases, backend=self.backend)
 
     def guidance_weight(
         self, t: Tensor, cfg_scale: float, diffusion_steps: int = 1000, scale_pow: float = 4.0
@@ -248,7 +278,8 @@ class DiffiT(Switches):
         x = x.view(batch, side, side, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, self.out_channels, side * p, side * p)
 
-    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+    def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        """Raise TypeError or ValueError for what :meth:`forward` does not take."""
         for name, value in (("x", x), ("t", t), ("y", y)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"DiffiT: {name} must be a tensor, got {type(value).__name__}")
@@ -272,15 +303,7 @@ class DiffiT(Switches):
                 )
         if t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"DiffiT: t must be integer or floating point, got {t.dtype}")
-        if y.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"DiffiT: y must be int64 or int32 class labels, got {y.dtype}")
-        readable = type(y) is Tensor and y.device.type == "cpu"  # no fake, traced or remote values
-        if readable and y.numel() and not torch.compiler.is_compiling():
-            last = self.y_embedder.embedding_table.num_embeddings - 1
-            if y.min() < 0 or y.max() > last:
-                raise ValueError(
-                    f"DiffiT: labels must be in 0..{last}, got {int(y.min())}..{int(y.max())}"
-                )
+        self.y_embedder.check("DiffiT", y)
 
 
 def Diffit(**kwargs) -> DiffiT:
@@ -289,6 +312,15 @@ def Diffit(**kwargs) -> DiffiT:
     ``input_size`` is 32 for 256-pixel images (the default) and 64 for 512.
     """
     return DiffiT(**{"depth": 28, "hidden_size": 1152, "patch_size": 2, "num_heads": 16, **kwargs})
+
+
+def guide(out: Tensor, weight: Tensor) -> Tensor:
+    """eps_null + w (eps_cond - eps_null) of the first three channels, (B, 3, S, S).
+
+    out: (2B, c, S, S), the model's of [conditional; null]; weight: (B,).
+    """
+    conditional, null = out[:, :3].chunk(2)
+    return null + weight.to(out.dtype).view(-1, 1, 1, 1) * (conditional - null)
 
 
 class PatchEmbed(nn.Module):
@@ -330,6 +362,21 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
+
+    def check(self, model: str, labels: Tensor) -> None:
+        """Raise TypeError or ValueError unless these are classes of the model.
+
+        The values are looked at on a CPU alone: elsewhere that would wait for the device.
+        """
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{model}: y must be int64 or int32 class labels, got {labels.dtype}")
+        # not of fake, traced or remote tensors
+        readable = type(labels) is Tensor and labels.device.type == "cpu"
+        if readable and labels.numel() and not torch.compiler.is_compiling():
+            last = self.embedding_table.num_embeddings - 1
+            if labels.min() < 0 or labels.max() > last:
+                found = f"{int(labels.min())}..{int(labels.max())}"
+                raise ValueError(f"{model}: labels must be in 0..{last}, got {found}")
 
     def forward(self, labels: Tensor, training: bool) -> Tensor:
         if training and self.dropout_prob > 0:

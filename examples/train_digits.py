@@ -11,63 +11,41 @@ The weights written are an exponential moving average. Ctrl-C stops early and ke
 The packaged model is what this writes with its defaults; train_digits_loss.png is its loss.
 """
 
-import argparse
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from safetensors.torch import save
-from sklearn.datasets import load_digits
 from torch import Tensor
-from tqdm import tqdm
 
-from diffit_kernels import DiffiT
-from diffusion_loss import NUM_TIMESTEPS, Diffusion, cosine_rate, hybrid_loss, update_ema
-from run_folder import write_whole
+from diffit_kernels import DiffiT, save_pretrained
+from diffusion_loss import NUM_TIMESTEPS, Diffusion, hybrid_loss
+from digits_recipe import argument_parser, averaged_copy, digit_images, interruptible
+from digits_recipe import train as train_on
 
 HALF_BIN = 1 / 16  # 17 grey levels on [-1, 1] are 2 / 16 apart
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = argument_parser(
+        "Train a small class-conditional DiffiT on scikit-learn's digits.",
+        Path("digits.safetensors"),
+        steps=2500,
+        batch_size=256,
+        lr=4e-3,
+    )
+    parser.add_argument("--plot", type=Path, default=Path("digits_loss.png"), help="loss plot")
+    args = parser.parse_args()
     for path in (args.out, args.plot):
         path.parent.mkdir(parents=True, exist_ok=True)  # fails before the training, not after
     torch.manual_seed(args.seed)
     model = digits_model()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    losses = []
-    try:
-        for parts in train(model, ema, args.steps, args.batch_size, args.lr):
-            losses.append(parts)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted after {len(losses)} of {args.steps} steps; saving what they reached")
-    if not losses:
-        raise SystemExit("no step was made: nothing written")
-    save_weights(ema, args.out)
+    ema = averaged_copy(model)
+    losses = interruptible(train(model, ema, args.steps, args.batch_size, args.lr), args.steps)
+    save_pretrained(ema, args.out, {"decoder": "pixel_shuffle"})
     plot_losses(losses, args.plot)
     print(f"weights of step {len(losses)}: {args.out}\nloss plot: {args.plot}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a small class-conditional DiffiT on scikit-learn's digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    out, plot = Path("digits.safetensors"), Path("digits_loss.png")
-    parser.add_argument("--out", type=Path, default=out, help="weights to write")
-    parser.add_argument("--plot", type=Path, default=plot, help="loss plot to write")
-    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=256, help="images per step")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise")
-    args = parser.parse_args()
-    for flag, value in (("steps", args.steps), ("batch-size", args.batch_size), ("lr", args.lr)):
-        if not value > 0:
-            parser.error(f"--{flag} must be positive, got {value}")
-    return args
 
 
 def digits_model() -> DiffiT:
@@ -84,13 +62,12 @@ def digits_model() -> DiffiT:
 
 
 def digits_latents() -> tuple[Tensor, Tensor]:
-    """``pixel_unshuffle(pixels / 8 - 1, 2)`` of all digits, and their classes 0..9.
+    """``pixel_unshuffle`` of all digits by 2, and their classes 0..9.
 
     (1797, 4, 4, 4) float32 in [-1, 1], and (1797,) int64.
     """
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1  # (1797, 1, 8, 8)
-    return F.pixel_unshuffle(images, 2), torch.from_numpy(digits.target).long()
+    images, classes = digit_images()
+    return F.pixel_unshuffle(images, 2), classes
 
 
 def train(
@@ -99,30 +76,13 @@ def train(
     """``steps`` steps of AdamW on ``model``, averaged into ``ema``; yields :func:`hybrid_loss`."""
     latents, classes = digits_latents()
     diffusion = Diffusion.linear()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine_rate(i, steps))
-    model.train()
-    bar = tqdm(range(steps), desc="training", mininterval=0.5)
-    for step in bar:
-        index = torch.randint(len(latents), (batch_size,))
+
+    def loss_of(index: Tensor) -> tuple[Tensor, Tensor]:
         x0 = latents[index]
-        t, epsilon = torch.randint(NUM_TIMESTEPS, (batch_size,)), torch.randn_like(x0)
-        mse, bound = hybrid_loss(model, diffusion, x0, classes[index], t, epsilon, HALF_BIN)
-        optimizer.zero_grad(set_to_none=True)
-        (mse + bound).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        update_ema(ema, model, step)
-        parts = mse.item(), bound.item()
-        bar.set_postfix(loss=f"{sum(parts):.4f}", refresh=False)
-        yield parts
+        t, epsilon = torch.randint(NUM_TIMESTEPS, (len(x0),)), torch.randn_like(x0)
+        return hybrid_loss(model, diffusion, x0, classes[index], t, epsilon, HALF_BIN)
 
-
-def save_weights(model: DiffiT, path: Path) -> None:
-    """Write the state dict to ``path``; whatever happens, ``path`` is the old file or the new."""
-    weights = save(model.state_dict(), metadata={"decoder": "pixel_shuffle"})
-    write_whole(path, lambda file: file.write(weights))
+    return train_on(model, ema, loss_of, steps, batch_size, lr)
 
 
 def plot_losses(losses: list[tuple[float, float]], path: Path, window: int = 50) -> None:

@@ -10,55 +10,37 @@ The weights written are an exponential moving average. Ctrl-C stops early and ke
 The packaged model is what this writes with its defaults.
 """
 
-import argparse
-import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
-from tqdm import tqdm
 
 from diffit_kernels import ImageDiffiT, save_pretrained
 from diffit_kernels.sampling.edm import edm_loss
-from diffusion_loss import cosine_rate, update_ema
+from digits_recipe import argument_parser, averaged_copy, digit_images, interruptible, train
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = argument_parser(
+        "Train a small image-space DiffiT on scikit-learn's digits.",
+        Path("image_digits.safetensors"),
+        steps=1500,
+        batch_size=128,
+        lr=3e-3,
+    ).parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)  # fails before the training, not after
     torch.manual_seed(args.seed)
     model = image_digits_model()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    done = 0
-    try:
-        for _ in train(model, ema, args.steps, args.batch_size, args.lr):
-            done += 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted after {done} of {args.steps} steps; saving what they reached")
-    if not done:
-        raise SystemExit("no step was made: nothing written")
+    ema = averaged_copy(model)
+    images, classes = digit_images()
+
+    def loss_of(index: Tensor) -> tuple[Tensor]:
+        return (edm_loss(model, images[index], classes[index]),)
+
+    losses = train(model, ema, loss_of, args.steps, args.batch_size, args.lr)
+    done = len(interruptible(losses, args.steps))
     save_pretrained(ema, args.out)
     print(f"weights of step {done}: {args.out}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a small image-space DiffiT on scikit-learn's digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    out = Path("image_digits.safetensors")
-    parser.add_argument("--out", type=Path, default=out, help="weights to write")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise")
-    args = parser.parse_args()
-    for flag, value in (("steps", args.steps), ("batch-size", args.batch_size), ("lr", args.lr)):
-        if not value > 0:
-            parser.error(f"--{flag} must be positive, got {value}")
-    return args
 
 
 def image_digits_model() -> ImageDiffiT:
@@ -74,35 +56,6 @@ def image_digits_model() -> ImageDiffiT:
         num_classes=10,
         use_fused_tmsa=True,
     )
-
-
-def digit_images() -> tuple[Tensor, Tensor]:
-    """(1797, 1, 8, 8) float32 in [-1, 1], and their classes 0..9, (1797,) int64."""
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
-    return images, torch.from_numpy(digits.target).long()
-
-
-def train(
-    model: ImageDiffiT, ema: ImageDiffiT, steps: int, batch_size: int, lr: float
-) -> Iterator[float]:
-    """``steps`` steps of AdamW on ``model``, averaged into ``ema``; yields the loss of each."""
-    images, classes = digit_images()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine_rate(i, steps))
-    model.train()
-    bar = tqdm(range(steps), desc="training", mininterval=0.5)
-    for step in bar:
-        index = torch.randint(len(images), (batch_size,))
-        loss = edm_loss(model, images[index], classes[index])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        update_ema(ema, model, step)
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        yield loss.item()
 
 
 if __name__ == "__main__":
