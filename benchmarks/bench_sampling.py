@@ -1,11 +1,13 @@
 """Guided ancestral sampling as published; a row's ``sizes`` has the number of steps.
 
 Every provider runs the same loop on the same noise, so what differs is the model's forward; the
-package's own sampler, which needs diffusers, is one more. Few steps: rounding grows from step to
-step, and a rule of closeness says little about a long chain. ``digits`` is a trained model.
+package's own sampler, which needs diffusers, is one more, and again without each of its savings.
+Few steps: rounding grows from step to step, and a rule of closeness says little about a long chain.
+``digits`` is a trained model.
 """
 
 import functools
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from benchmarks.race import DEVICE, DTYPES, REPLAYED, Provider
 from benchmarks.variants import DEFAULT, VARIANTS, providers, twin
 from diffit_kernels import from_pretrained
 from diffit_kernels.sampling import check_extra, denoise
+from diffit_kernels.sampling.predict import ALL_SAVINGS
 from reference import ancestral_sampling as literal_sampling
 
 pytestmark = REPLAYED
@@ -34,6 +37,9 @@ CASES = {  # model: (resolution or None, depth, batch, steps, strength of guidan
     "256px, depth 28": (256, 28, *WIDE, 4.4),
 }
 DENOISE = "fused, denoise()"
+WITHOUT = {  # a saving switched off: the field of Savings
+    f"{DENOISE} without {field.name.replace('_', ' ')}": field.name for field in fields(ALL_SAVINGS)
+}
 SEED = 1  # of the noise
 COMPILED = [name for name, variant in VARIANTS.items() if variant.mode]
 
@@ -78,11 +84,14 @@ def make(case, about, dtype):
     found = providers(model, results, exact, call=guided)
     rows = 2 * batch * about["tokens"]
     found[FLOOR] = products_alone(model, rows, repeat=steps)
-    found[DENOISE] = by_package(model, latents, labels, steps, scale, found["literal"].expected)
+    for name, saving in {DENOISE: None, **WITHOUT}.items():
+        savings = ALL_SAVINGS if saving is None else replace(ALL_SAVINGS, **{saving: False})
+        truth = found["literal"].expected
+        found[name] = by_package(model, latents, labels, steps, scale, savings, truth)
     return found
 
 
-def by_package(model, latents, labels, steps, scale, truth):
+def by_package(model, latents, labels, steps, scale, savings, truth):
     """The package's sampler, drawing the same noise by the same seed, or why it is missing.
 
     diffusers rounds the schedule to float32, which errs most where steps are few: 1e-4 of the
@@ -97,7 +106,8 @@ def by_package(model, latents, labels, steps, scale, truth):
 
     def results(module):
         torch.manual_seed(SEED)
-        out = denoise(module, latents.float(), labels, num_steps=steps, cfg_scale=scale)
+        guidance = {"cfg_scale": scale, "savings": savings}
+        out = denoise(module, latents.float(), labels, num_steps=steps, **guidance)
         return [out.to(latents.dtype)]
 
     def expected(dtype):
@@ -106,7 +116,9 @@ def by_package(model, latents, labels, steps, scale, truth):
     return Provider(functools.partial(results, own), expected, variant.role, variant.backend)
 
 
-@pytest.mark.parametrize("provider", parameters([*VARIANTS, DENOISE, FLOOR], full=COMPILED))
+@pytest.mark.parametrize(
+    "provider", parameters([*VARIANTS, DENOISE, *WITHOUT, FLOOR], full=[*COMPILED, *WITHOUT])
+)
 @pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("model", parameters(CASES, full=["256px, depth 28"]))
 def bench_sampling(race, model, dtype, provider):

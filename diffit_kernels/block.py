@@ -89,11 +89,25 @@ class DiffiTBlock(nn.Module):
         x = x + gate1[:, None] * self.attn(h, temb, grid)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-    def parts(self, temb: Tensor, grid: tuple[int, int] | None = None) -> fused.BlockParts:
-        """What the fused forward takes the block apart into, for one time token and grid."""
+    def parts(
+        self,
+        temb: Tensor | None,
+        grid: tuple[int, int] | None = None,
+        time_parts: Tensor | None = None,
+    ) -> fused.BlockParts:
+        """What the fused forward takes the block apart into, for one time token and grid.
+
+        With ``time_parts`` the attention has these, and its own ``forward`` is not called: see
+        :func:`diffit_kernels.fused.attention`.
+        """
 
         def attend(h: Tensor) -> Tensor:
-            return self.attn(h, temb, grid)
+            if time_parts is None:
+                return self.attn(h, temb, grid)
+            backend = self.attn.backend
+            return fused.attention(
+                self.attn.parts(), h, None, grid, time_parts=time_parts, backend=backend
+            )
 
         return fused.BlockParts(self.norm1, attend, self.norm2, self.mlp, self.adaLN_modulation)
 

@@ -58,7 +58,8 @@ def blocks(
     modules: Iterable[nn.Module],
     kind: type,
     x: Tensor,
-    temb: Tensor,
+    temb: Tensor | None,
+    time_parts: Tensor | None = None,
 ) -> Tensor:
     """Blocks in a row, each of which leaves its last sum to the first norm of the next.
 
@@ -69,12 +70,27 @@ def blocks(
     writes (see the mlp op's backends). The eager backend takes more: it reads x again for LN, and
     its attention keeps scores. Only bare modules of class ``kind`` with ``use_fused_tmsa`` are
     joined; others are called.
+
+    x: (B, N, C). ``time_parts``, (depth, k · B, 2C), are the blocks' own in place of ``temb``, and
+    the result is (k · B, N, C): every sample with k time tokens, in k runs of B. Norm and qkv
+    product of the first block, which are the same for all k, are computed once.
+
+    Raises:
+        ValueError: ``time_parts`` for a block that has to be called.
     """
     branch = gate = None
-    for module in modules:
+    for index, module in enumerate(modules):
         if _is_bare(module, kind) and module.use_fused_tmsa:
-            parts = module.parts(temb)
-            x, branch, gate = _halves(parts, x, branch, gate, temb, module.backend)
+            given, copies = None, 1
+            if time_parts is not None:
+                given, copies = time_parts[index], time_parts.shape[1] // x.shape[0]
+            parts = module.parts(temb, time_parts=given)
+            x, branch, gate = _halves(parts, x, branch, gate, temb, module.backend, copies)
+        elif time_parts is not None:
+            raise ValueError(
+                f"blocks: with time_parts every block must be a bare {kind.__name__} with "
+                f"use_fused_tmsa, got {type(module).__name__} at {index}"
+            )
         else:
             x = x if branch is None else _add(x, branch, gate)
             x, branch, gate = module(x, temb), None, None
@@ -92,13 +108,17 @@ def block(parts: BlockParts, x: Tensor, temb: Tensor, *, backend: str | None) ->
     return _add(x, branch, gate)
 
 
-def _halves(parts, x, branch, gate, temb, backend):
-    """(x̂, mlp(LN(x̂)), its gate) for x + gate · branch: a block without its last sum."""
+def _halves(parts, x, branch, gate, temb, backend, copies=1):
+    """(x̂, mlp(LN(x̂)), its gate) for x + gate · branch: a block without its last sum.
+
+    ``copies``: how many time tokens the attention has for every sample of x.
+    """
     shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
     if parts.modulation is not None:
         shift1, scale1, gate1, shift2, scale2, gate2 = parts.modulation(temb).chunk(6, -1)
     x, h = residual_norm(parts.norm1, x, branch, gate, shift1, scale1, backend=backend)
     branch = parts.attend(h)
+    x = x if copies == 1 else x.repeat(copies, 1, 1)
     x, h = residual_norm(parts.norm2, x, branch, gate1, shift2, scale2, backend=backend)
     return x, feed_forward(parts.mlp, h, backend=backend), gate2
 
@@ -138,12 +158,17 @@ def attention(
     temb: Tensor | None,
     grid: tuple[int, int] | None = None,
     *,
+    time_parts: Tensor | None = None,
     backend: str | None,
 ) -> Tensor:
     """proj(softmax(q kᵀ d^-½ + B) v) by windows, where q, k, v = qkv(x) + qkv_temb(temb).
 
     x: (B, N, C), the tokens of ``grid`` row by row, by default those of one window; temb: (B, T),
     or None for no time token. Returns (B, N, C). DiffiT, eqs. 3 to 6.
+
+    ``time_parts``, (k · B, 2C): what :func:`~diffit_kernels.ops.time_projections` makes of k time
+    tokens for every sample, in k runs of B, in place of ``temb``. Returns (k · B, N, C) then; qkv
+    is computed once and read k times.
     """
     batch, tokens, channels = x.shape
     if grid is None:
@@ -155,19 +180,27 @@ def attention(
             f"got {tokens}"
         )
     qkv = project(parts.qkv, x, backend=backend).reshape(batch, height, width, 3 * channels)
-    time_parts = None
-    if temb is not None and parts.qkv_temb is not None:
-        time_parts = _time_parts(parts.qkv_temb, temb, backend)
-    out = window_attention(
-        qkv,
-        parts.table,
-        time_parts,
-        num_heads=parts.num_heads,
-        window_size=parts.window_size or grid,
-        scale=parts.scale,
-        backend=backend,
-    )
-    return project(parts.proj, out.view(batch, tokens, channels), backend=backend)
+
+    def attend(time_parts: Tensor | None) -> Tensor:
+        out = window_attention(
+            qkv,
+            parts.table,
+            time_parts,
+            num_heads=parts.num_heads,
+            window_size=parts.window_size or grid,
+            scale=parts.scale,
+            backend=backend,
+        )
+        return out.view(batch, tokens, channels)
+
+    if time_parts is not None:
+        runs = [attend(run) for run in time_parts.split(batch)]
+        out = runs[0] if len(runs) == 1 else torch.cat(runs)
+    elif temb is not None and parts.qkv_temb is not None:
+        out = attend(_time_parts(parts.qkv_temb, temb, backend))
+    else:
+        out = attend(None)
+    return project(parts.proj, out, backend=backend)
 
 
 def nearly_square(tokens: int) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from diffit_kernels import fused
 from diffit_kernels.block import AdaLNModulation, DiffiTBlock, modulate
-from diffit_kernels.ops import time_projections
 from diffit_kernels.positions import sincos_position_embedding
 from diffit_kernels.switches import Switches
 
@@ -240,7 +239,8 @@ class DiffiT(Switches):
 
         Args:
             x: (B, in_channels, S, S), as of :meth:`forward`.
-            time_parts: (depth, k · B, 2C), k runs of B, as :meth:`time_parts` makes them.
+            time_parts: (depth, k · B, 2C), k runs of B: q and v parts of every block
+                (:func:`~diffit_kernels.ops.time_projections`).
 
         Returns:
             (k · B, out_channels, S, S).
@@ -251,17 +251,6 @@ class DiffiT(Switches):
         x = self.x_embedder(x) + self.pos_embed  # (B, N, C)
         x = fused.blocks(self.blocks, DiffiTBlock, x, None, time_parts)  # (k · B, N, C)
         return self._unpatchify(self.final_layer(x, None))
-
-    def time_parts(self, temb: Tensor, bias: bool = True) -> Tensor:
-        """(B, C) time tokens -> (depth, B, 2C): every block's q and v parts, in one product.
-
-        Without ``bias``, their linear part: c has no activation in DiffiT, so that
-        W (t_emb + y_emb) + b = W t_emb + (W y_emb + b).
-        """
-        layers = [block.attn.qkv_temb for block in self.blocks]
-        weights = [layer.weight for layer in layers]
-        biases = [layer.bias for layer in layers] if bias else ()
-        return time_projections(temb, weights, biases, backend=self.backend)
 
     def guidance_weight(
         self, t: Tensor, cfg_scale: float, diffusion_steps: int = 1000, scale_pow: float = 4.0

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from diffit_kernels.model import DiffiT
-from diffit_kernels.sampling.schedule import make_scheduler
+from diffit_kernels.sampling.predict import ALL_SAVINGS, Predictor, Savings
+from diffit_kernels.sampling.schedule import make_scheduler, sampler_name
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
@@ -32,51 +33,66 @@ def denoise(
     num_steps: int = 250,
     cfg_scale: float | None = None,
     scale_pow: float = 4.0,
+    sampler: str = "ddpm",
     use_ddim: bool = False,
+    spacing: str = "even",
+    guidance_eps: float = 0.0,
+    savings: Savings = ALL_SAVINGS,
     generators: Sequence[torch.Generator] | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Denoise latents with the published sampler.
+    """Denoise latents with the published sampler, or another of :data:`schedule.SAMPLERS`.
 
     Args:
-        model: a latent DiffiT in eval mode, with learned variances unless ``use_ddim``.
-        latents: (B, in_channels, S, S) float32, standard normal.
+        model: a latent DiffiT in eval mode, with learned variances if ``sampler`` is "ddpm".
+        latents: (B, in_channels, S, S), floating point, standard normal.
         labels: (B,) int64 classes.
         num_steps: network evaluations per sample, respaced from 1000.
         cfg_scale: strength of classifier-free guidance; None samples without.
         scale_pow: the power of the guidance schedule, see :meth:`DiffiT.forward_with_cfg`.
-        use_ddim: DDIM with eta 0 instead of ancestral sampling.
+        sampler: "ddpm", ancestral as published; or "ddim", "dpmsolver++", "unipc", which add no
+            noise, see :func:`~diffit_kernels.sampling.schedule.make_scheduler`.
+        use_ddim: another name for ``sampler="ddim"``.
+        spacing: of the timesteps, "even" as published, or "quadratic", with which the solvers need
+            few steps (:func:`~diffit_kernels.sampling.schedule.respaced_timesteps`).
+        guidance_eps: no guidance where its weight differs from 1 by at most this: 0 is exact, see
+            :func:`~diffit_kernels.sampling.predict.guidance_steps`.
+        savings: what is computed once, see :class:`~diffit_kernels.sampling.predict.Predictor`.
         generators: one per sample for the noise of ancestral steps; default the global one.
         on_step: called after every step.
 
     Returns:
-        (B, in_channels, S, S) float32. The state is kept in float32 whatever the model's dtype.
+        (B, in_channels, S, S) float32, or float64 for float64 ``latents``: the dtype of the state,
+        whatever the model's. "dpmsolver++" computes its steps in float32 even then.
 
     Raises:
-        ValueError: ancestral sampling from a model without learned variances.
+        ValueError: an unknown ``sampler`` or ``spacing``, ``guidance_eps`` < 0, or ancestral
+            sampling from a model without learned variances.
     """
-    if not (model.learn_sigma or use_ddim):
+    sampler = sampler_name(sampler, use_ddim)
+    if sampler == "ddpm" and not model.learn_sigma:
         raise ValueError(
-            "ancestral sampling needs a model with learn_sigma=True; use_ddim does not"
+            "ancestral sampling needs a model with learn_sigma=True; the other samplers do not"
         )
-    scheduler, timesteps = make_scheduler(num_steps, use_ddim)
+    scheduler, timesteps = make_scheduler(num_steps, sampler, spacing=spacing)
     dtype = model.x_embedder.proj.weight.dtype
-    null = torch.full_like(labels, model.num_classes)
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    predict = Predictor(
+        model,
+        labels,
+        timesteps,
+        cfg_scale,
+        scale_pow,
+        guidance_eps=guidance_eps,
+        savings=savings,
+    )
     for step in scheduler.timesteps.tolist():
-        x = latents.to(dtype)
-        t = torch.full_like(labels, int(timesteps[step]))
-        if cfg_scale is None:
-            out = model(x, t, labels)
-        else:
-            pair = (torch.cat((a, b)) for a, b in ((x, x), (t, t), (labels, null)))
-            out = model.forward_with_cfg(*pair, cfg_scale=cfg_scale, scale_pow=scale_pow)
-            out = out[: len(latents)]
-        out = out.float()
-        if use_ddim:
-            update = scheduler.step(out[:, : model.in_channels], step, latents)
-        else:
+        out = predict(latents.to(dtype), step).to(latents.dtype)
+        if sampler == "ddpm":
             generator = None if generators is None else list(generators)
             update = scheduler.step(out, step, latents, generator=generator)
+        else:
+            update = scheduler.step(out[:, : model.in_channels], step, latents)
         latents = update.prev_sample
         on_step()
     return latents
