@@ -6,6 +6,7 @@ from diffit_kernels.image_model import ImageDiffiT, diffit_cifar10, diffit_ffhq6
 from diffit_kernels.model import DiffiT, Diffit
 from diffit_kernels.ops import adaln, mlp, time_projection, time_projections, window_attention
 from diffit_kernels.patch import patch, unpatch
+from diffit_kernels.pipeline import DiffiTPipeline
 from diffit_kernels.version import __version__
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "diffit_ffhq64",
     "from_pretrained",
     "save_pretrained",
+    "DiffiTPipeline",
     "patch",
     "unpatch",
     "adaln",

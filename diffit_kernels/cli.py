@@ -1,4 +1,4 @@
-"""The command line: ``diffit-kernels sample | demo | info``."""
+"""The command line: ``diffit-kernels sample | evaluate | demo | info``."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import diffit_kernels
-from diffit_kernels.commands import sample
+from diffit_kernels.commands import evaluate, sample
 from diffit_kernels.commands.arguments import default_device
 from diffit_kernels.demo import demo
 from diffit_kernels.dispatch import BACKENDS
@@ -50,4 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_arguments(command)
     command.set_defaults(command=sample.run)
+
+    command = commands.add_parser("evaluate", help="FID and the like, or samples against samples")
+    evaluate.add_arguments(command)
+    command.set_defaults(command=evaluate.run)
     return parser
