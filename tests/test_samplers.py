@@ -32,6 +32,13 @@ def test_every_respaced_step_once(sampler, spacing, num_steps):
         assert scheduler.sigmas[-1] == 0
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_default_spacing_is_the_published_one_or_the_solvers(sampler):
+    spacing = "even" if sampler in ("ddpm", "ddim") else "quadratic"
+    _, timesteps = make_scheduler(25, sampler)
+    assert timesteps.tolist() == respaced_timesteps(25, spacing).tolist()
+
+
 def test_quadratic_timesteps_ascend_from_the_first_to_the_last():
     for num_steps in range(2, 1001):
         timesteps = respaced_timesteps(num_steps, "quadratic")

@@ -35,7 +35,7 @@ def denoise(
     scale_pow: float = 4.0,
     sampler: str = "ddpm",
     use_ddim: bool = False,
-    spacing: str = "even",
+    spacing: str | None = None,
     guidance_eps: float = 0.0,
     savings: Savings = ALL_SAVINGS,
     generators: Sequence[torch.Generator] | None = None,
@@ -54,7 +54,8 @@ def denoise(
             noise, see :func:`~diffit_kernels.sampling.schedule.make_scheduler`.
         use_ddim: another name for ``sampler="ddim"``.
         spacing: of the timesteps, "even" as published, or "quadratic", with which the solvers need
-            few steps (:func:`~diffit_kernels.sampling.schedule.respaced_timesteps`).
+            few steps and which is their default
+            (:func:`~diffit_kernels.sampling.schedule.respaced_timesteps`).
         guidance_eps: no guidance where its weight differs from 1 by at most this: 0 is exact, see
             :func:`~diffit_kernels.sampling.predict.guidance_steps`.
         savings: what is computed once, see :class:`~diffit_kernels.sampling.predict.Predictor`.

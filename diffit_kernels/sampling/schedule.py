@@ -57,8 +57,13 @@ def sampler_name(sampler: str = "ddpm", use_ddim: bool = False) -> str:
     return "ddim" if use_ddim else sampler
 
 
+def default_spacing(sampler: str) -> str:
+    """ "even", as published, for the published samplers, "quadratic" for the solvers."""
+    return "even" if sampler in ("ddpm", "ddim") else "quadratic"
+
+
 def make_scheduler(
-    num_steps: int, sampler: str = "ddpm", *, use_ddim: bool = False, spacing: str = "even"
+    num_steps: int, sampler: str = "ddpm", *, use_ddim: bool = False, spacing: str | None = None
 ):
     """A diffusers scheduler over ``num_steps`` respaced steps, and the network's timestep for each.
 
@@ -74,7 +79,8 @@ def make_scheduler(
     steps of a chain that is used whole: of theirs, "trailing" alone counts num_steps-1..0. Their
     second order wants steps of like size in log(abar / (1 - abar)), where the last of even ones is
     by far the largest: on the digits model, below 50 to 100 even steps, they are farther than DDIM
-    from where all three tend to. With 25 quadratic ones they are as near as DDIM with 250 even.
+    from where all three tend to. With 25 quadratic ones they are as near as DDIM with 250 even, so
+    those are their default (:func:`default_spacing`).
 
     Returns:
         (the scheduler with its timesteps set, (num_steps,) int64 array of t_i).
@@ -87,7 +93,7 @@ def make_scheduler(
     check_extra()
     import diffusers
 
-    timesteps = respaced_timesteps(num_steps, spacing)
+    timesteps = respaced_timesteps(num_steps, spacing or default_spacing(sampler))
     abar = np.cumprod(1 - BETAS)[timesteps]
     betas = 1 - abar / np.concatenate(([1.0], abar[:-1]))
     chain = {"num_train_timesteps": num_steps, "trained_betas": betas}
