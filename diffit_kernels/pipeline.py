@@ -27,6 +27,8 @@ from diffit_kernels.sampling import (
     sigma_schedule,
 )
 from diffit_kernels.sampling.decode import SHUFFLE_FACTOR, VAE_ID, to_uint8
+from diffit_kernels.sampling.published import published_process
+from diffit_kernels.sampling.schedule import default_spacing
 
 INDEX = "model_index.json"
 WEIGHTS = Path("transformer", "diffit.safetensors")
@@ -232,13 +234,14 @@ class DiffiTPipeline:
             raise ValueError("the transformer must be in eval mode, got training mode")
         labels, count = self._labels(class_labels, batch_size)
         noise = self._noise(count, generator, latents)
-        steps, scale, power = _published(self.transformer)
+        steps, scale, power = published_process(self.transformer)
         given = num_inference_steps, guidance_scale, scale_pow
         steps, scale, power = (
             default if value is None else value
             for value, default in zip(given, (steps, scale, power), strict=True)
         )
-        settings = {"num_steps": steps, "cfg_scale": scale if scale > 1 else None}
+        guided = scale is not None and scale > 1
+        settings = {"num_steps": steps, "cfg_scale": scale if guided else None}
         if isinstance(self.transformer, ImageDiffiT):
             if sampler != "ddpm" or scale_pow is not None:
                 raise ValueError(
@@ -247,7 +250,8 @@ class DiffiTPipeline:
                 )
             run, times = heun_sample, sigma_schedule(steps)[:-1].tolist()
         else:
-            run, times = denoise, respaced_timesteps(steps)[::-1].tolist()
+            times = respaced_timesteps(steps, default_spacing(sampler))[::-1].tolist()
+            run = denoise
             generators = (generator,) if isinstance(generator, torch.Generator) else generator
             settings |= {"scale_pow": power, "sampler": sampler, "generators": generators}
         with self._progress_bar(steps) as bar:
@@ -344,15 +348,6 @@ class DiffiTPipeline:
         if self.decoder is not None:
             latents = F.pixel_shuffle(latents, SHUFFLE_FACTOR)
         return latents.expand(-1, 3, -1, -1)
-
-
-def _published(model: DiffiT | ImageDiffiT) -> tuple[int, float, float]:
-    """(steps, guidance scale, power of its schedule) of DiffiT in latent or image space, or DiT."""
-    if isinstance(model, ImageDiffiT):
-        return (18 if model.image_size <= 32 else 40), 1.0, 0.0
-    if model.conditioning == "adaln_zero":
-        return 250, 1.5, 0.0
-    return 250, (4.4 if model.input_size <= 32 else 1.49), 4.0
 
 
 def _stepper(pipeline, times, update, callback) -> Callable[[], None]:

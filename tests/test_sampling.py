@@ -232,6 +232,19 @@ def test_command_line_settings_reach_the_run(checkpoint, tmp_path):
     assert record["use_ddim"] and record["cfg_scale"] is None and record["dtype"] == "bfloat16"
 
 
+def test_command_line_says_which_steps_need_no_guidance(checkpoint, tmp_path, capsys):
+    command = ["sample", "--model_path", str(checkpoint), "--num_samples", "1"]
+    for more, expected in (
+        (["--num_sampling_steps", "11"], "1 of 11 steps need no unconditional half"),
+        (["--num_sampling_steps", "10", "--guidance_eps", "0.01"], "4 of 10 steps need no"),
+        (["--num_sampling_steps", "3", "--cfg_scale", "1"], "3 of 3 steps need no"),
+    ):
+        assert main([*command, *more, "--log_dir", str(tmp_path / more[1])]) == 0
+        assert expected in capsys.readouterr().out
+    assert main([*command, "--cfg_cond", "False", "--log_dir", str(tmp_path / "plain")]) == 0
+    assert "unconditional half" not in capsys.readouterr().out
+
+
 def test_command_line_without_a_vae_writes_latents_and_says_so(model, tmp_path, capsys):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     folder = tmp_path / "out"

@@ -1,9 +1,13 @@
-"""``diffit-kernels sample``: guided samples from a checkpoint, as published; resumable."""
+"""``diffit-kernels sample``: guided samples from a checkpoint, as published; resumable.
+
+Under torchrun its processes share the run; the first speaks for all and writes the results.
+"""
 
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +28,18 @@ from diffit_kernels.dispatch import BACKENDS
 from diffit_kernels.image_model import ImageDiffiT
 from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling import check_extra, decode
+from diffit_kernels.sampling.predict import guidance_steps
+from diffit_kernels.sampling.processes import (
+    Processes,
+    is_started_by_torchrun,
+    joined_processes,
+    own_device,
+)
+from diffit_kernels.sampling.published import published_process
 from diffit_kernels.sampling.run import SamplingRun, Settings
+from diffit_kernels.sampling.schedule import SAMPLERS, default_spacing, respaced_timesteps
+
+APPEARANCE = 120  # seconds that a network's file system may take to show other machines' files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="DDIM, eta 0; default False",
     )
+    add("--sampler", choices=SAMPLERS, help="of latent models; default ddpm, as published")
+    add(
+        "--guidance_eps",
+        type=finite,
+        default=0.0,
+        help="no guidance where its weight differs from 1 by at most this; default 0: exact",
+    )
     add("--classes", type=labels, default=(), help="labels taken in turn, '207,360'; else drawn")
-    add("--split", type=split, default=(0, 1), help="'0/4': the first of 4 processes' batches")
+    add("--split", type=split, help="'0/4': the first of 4 processes' batches; without torchrun")
+    add(
+        "--overlap",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=True,
+        help="decode and write a batch while the next is sampled; default True",
+    )
     add("--seed", type=int, default=0, help="every sample has its own numbers; default 0")
     add("--device", default=default_device(), help="default %(default)s here")
     add("--dtype", choices=DTYPES, default="float32", help="of the network; default float32")
@@ -64,8 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Sample into ``--log_dir``, resuming what is there, and assemble the .npz and the picture."""
     check_extra()
-    from tqdm import tqdm
-
+    if arguments.split is not None and is_started_by_torchrun():
+        raise ValueError(
+            "--split is for processes started by hand, and torchrun deals batches to its own: "
+            f"leave it out, got {'/'.join(map(str, arguments.split))}"
+        )
+    arguments.device = own_device(arguments.device)
+    processes = joined_processes()
+    say = print if processes.rank == 0 else _be_silent
     path = resolve(arguments.model_path)
     model = from_pretrained(
         path,
@@ -76,38 +112,104 @@ def run(arguments: argparse.Namespace) -> None:
         backend=arguments.backend,
     )
     _check_labels(arguments.classes, model)
-    decoder = _decoder(arguments, path, model)
+    decoder = _decoder(arguments, path, model, say)
     settings = _settings(arguments, path, model)
     sampling = SamplingRun(arguments.log_dir, settings)
-    total = arguments.num_samples
-    done = total - len(sampling.missing(total))
-    if done:
-        print(f"{done} of {total} samples are in {sampling.shards} already")
-    split = arguments.split
-    missing = len(sampling.missing(total, arguments.batch_size, split))
-    try:
-        steps = settings.num_sampling_steps
-        with tqdm(total=missing * steps, unit="sample", unit_scale=1 / steps) as bar:
-            sampling.sample(model, total, arguments.batch_size, decoder, bar.update, split)
-        if decoder is not None:
-            sampling.decode_stored(decoder)
-    except KeyboardInterrupt:
-        kept = total - len(sampling.missing(total))
-        print(
-            f"\n{kept} of {total} samples are kept in {sampling.shards}; "
-            "the same command goes on from there",
-            file=sys.stderr,
+    if (steps := _steps_without_guidance(model, settings)) > 0:
+        say(
+            f"{steps} of {settings.num_sampling_steps} steps need no unconditional half: their "
+            f"guidance weight is 1, to {settings.guidance_eps:g}"
         )
+    total = arguments.num_samples
+    try:
+        _sample(arguments, sampling, model, decoder, processes, say)
+    except KeyboardInterrupt:
+        if processes.rank == 0:
+            kept = total - len(sampling.missing(total))
+            print(
+                f"\n{kept} of {total} samples are kept in {sampling.shards}; "
+                "the same command goes on from there",
+                file=sys.stderr,
+            )
         raise
-    left = len(sampling.missing(total))
+    if processes.rank > 0:
+        return
+    left = _left(sampling, total, processes)
     if left:
         print(f"{left} samples are left to the other splits; the last one writes the .npz")
         return
+    if decoder is not None:
+        sampling.decode_stored(decoder)  # of a process that found no decoder
     print(f"wrote {sampling.assemble(total, 'latents' if decoder is None else 'images')}")
     if decoder is None:
         print("these are latents; the same command with --vae FOLDER_OR_HUB_ID decodes them")
     else:
         print(f"wrote {sampling.grid(total)}")
+
+
+def _sample(
+    arguments: argparse.Namespace,
+    sampling: SamplingRun,
+    model: DiffiT | ImageDiffiT,
+    decoder: decode.Decoder | None,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> None:
+    """This process's part of the run; the first shows the whole, and stays until it is done."""
+    from tqdm import tqdm
+
+    total, batch_size = arguments.num_samples, arguments.batch_size
+    split = arguments.split or (0, 1)
+    done = total - len(sampling.missing(total))
+    if done:
+        say(f"{done} of {total} samples are in {sampling.shards} already")
+    steps = sampling.settings.num_sampling_steps
+    missing = len(sampling.missing(total, batch_size, split)) * steps
+    first = processes.rank == 0
+    if first:
+        sampling.record_settings()
+    processes.begin()
+    with tqdm(total=missing, unit="sample", unit_scale=1 / steps, disable=not first) as bar:
+
+        def show(steps_of_all: int) -> None:
+            bar.update(steps_of_all - bar.n)
+
+        sampling.sample(
+            model,
+            total,
+            batch_size,
+            decoder,
+            on_step=lambda samples: show(processes.advance(samples)),
+            split=split,
+            take=processes.take,
+            overlap=arguments.overlap,
+        )
+        if decoder is not None:
+            sampling.decode_stored(decoder, processes.take)
+        processes.finish(show)
+
+
+def _left(sampling: SamplingRun, total: int, processes: Processes) -> int:
+    """The number of samples that are not there.
+
+    Raises:
+        OSError: other processes of this run are done, and their files do not appear.
+    """
+    deadline = time.monotonic() + APPEARANCE
+    while left := len(sampling.missing(total)):
+        if processes.count == 1:
+            break
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"{left} of {total} samples are not in {sampling.shards}, though all "
+                f"{processes.count} processes are done; --log_dir must be one folder for all"
+            )
+        time.sleep(1)
+    return left
+
+
+def _be_silent(text: str) -> None:
+    """What processes but the first say, who would only repeat it."""
 
 
 def _config(arguments: argparse.Namespace, path: Path) -> dict:
@@ -120,11 +222,13 @@ def _config(arguments: argparse.Namespace, path: Path) -> dict:
 
 
 def _settings(arguments: argparse.Namespace, path: Path, model: DiffiT | ImageDiffiT) -> Settings:
-    steps, scale, power = _published(model)
+    steps, scale, power = published_process(model)
     if isinstance(model, ImageDiffiT):
         for flag, given in (
             ("--use_ddim", arguments.use_ddim),
             ("--scale_pow", arguments.scale_pow),
+            ("--sampler", arguments.sampler),
+            ("--guidance_eps", arguments.guidance_eps),
         ):
             if given:
                 raise ValueError(f"{flag} is for latent models, and this one is in image space")
@@ -142,20 +246,28 @@ def _settings(arguments: argparse.Namespace, path: Path, model: DiffiT | ImageDi
         seed=arguments.seed,
         dtype=arguments.dtype,
         classes=arguments.classes,
+        sampler=arguments.sampler or "ddpm",
+        guidance_eps=arguments.guidance_eps,
     )
 
 
-def _published(model: DiffiT | ImageDiffiT) -> tuple[int, float | None, float]:
-    """(steps, guidance scale, power of its schedule) of DiffiT in latent or image space, or DiT."""
-    if isinstance(model, ImageDiffiT):
-        return (18 if model.image_size <= 32 else 40), None, 0.0
-    if model.conditioning == "adaln_zero":
-        return 250, 1.5, 0.0
-    return 250, (4.4 if model.input_size <= 32 else 1.49), 4.0
+def _steps_without_guidance(model: DiffiT | ImageDiffiT, settings: Settings) -> int:
+    if isinstance(model, ImageDiffiT) or settings.cfg_scale is None:
+        return 0
+    timesteps = respaced_timesteps(
+        settings.num_sampling_steps, default_spacing(settings.sampler)
+    ).tolist()
+    guided = guidance_steps(
+        model, timesteps, settings.cfg_scale, settings.scale_pow, settings.guidance_eps
+    )
+    return len(timesteps) - len(guided)
 
 
 def _decoder(
-    arguments: argparse.Namespace, path: Path, model: DiffiT | ImageDiffiT
+    arguments: argparse.Namespace,
+    path: Path,
+    model: DiffiT | ImageDiffiT,
+    say: Callable[[str], None],
 ) -> decode.Decoder | None:
     """What turns this checkpoint's latents into images, or None, said aloud."""
     if isinstance(model, ImageDiffiT):
@@ -182,7 +294,7 @@ def _decoder(
     except OSError as error:
         if arguments.vae != decode.VAE_ID:
             raise
-        print(f"{error}\ngoing on without: latents will be written")
+        say(f"{error}\ngoing on without: latents will be written")
         return None
 
 
