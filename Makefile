@@ -6,6 +6,11 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 
+# Tests run in this many processes, each file in one of them, with one thread each where a model is
+# small: threads of several processes would wait for one another.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -15,10 +20,10 @@ demo: $(READY)
 	$(BIN)/diffit-kernels demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY) lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
