@@ -64,21 +64,25 @@ def by_reference(block, inputs, grad):
     return truth(function, dict(block.named_parameters()), inputs, grad)
 
 
+def race_blocks(race, shape, direction, dtype, **options):
+    about, train = sizes(BATCH[shape], RESOLUTIONS[shape]), direction != "forward"
+    side = round(about["tokens"] ** 0.5)
+    race(
+        lambda: make(about["batch"], side, train, dtype, **options),
+        sizes=about,
+        flops=flops(about, train),
+        moved=None if options else moved(about, dtype, train),
+        floor=FLOOR,
+        queued=True,
+    )
+
+
 @pytest.mark.parametrize("provider", parameters([*VARIANTS, FLOOR]))
 @pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))
 def bench_block(race, shape, direction, dtype, provider):
-    about, train = sizes(BATCH[shape], RESOLUTIONS[shape]), direction != "forward"
-    side = round(about["tokens"] ** 0.5)
-    race(
-        lambda: make(about["batch"], side, train, dtype),
-        sizes=about,
-        flops=flops(about, train),
-        moved=moved(about, dtype, train),
-        floor=FLOOR,
-        queued=True,
-    )
+    race_blocks(race, shape, direction, dtype)
 
 
 @pytest.mark.parametrize("provider", parameters([*VARIANTS, FLOOR]))
@@ -86,12 +90,4 @@ def bench_block(race, shape, direction, dtype, provider):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", parameters(BATCH, full=["512px"]))
 def bench_dit_block(race, shape, direction, dtype, provider):
-    about, train = sizes(BATCH[shape], RESOLUTIONS[shape]), direction != "forward"
-    side = round(about["tokens"] ** 0.5)
-    race(
-        lambda: make(about["batch"], side, train, dtype, **DIT),
-        sizes=about,
-        flops=flops(about, train),
-        floor=FLOOR,
-        queued=True,
-    )
+    race_blocks(race, shape, direction, dtype, **DIT)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from benchmarks import race as races
-from benchmarks.models import trained, truth, with_random_tables
+from benchmarks.models import training, truth, with_random_tables
 from benchmarks.peers import parameters
 from benchmarks.race import DEVICE, DTYPES, RECORDINGS, REPLAYED
 from benchmarks.variants import VARIANTS, providers
@@ -24,7 +24,6 @@ from diffit_kernels.image_model import ImageDiffiT, diffit_cifar10
 pytestmark = REPLAYED
 COMPILED = [name for name in VARIANTS if "compile" in name]  # training takes minutes to compile
 BATCH = {"cpu": 4, "cuda": 256}[DEVICE]
-RATE = 1e-7  # so small that the shared parameters stay what they are for the time of a race
 SIZES = {"batch": BATCH, "resolution": 32, "window": 4, "heads": 4}
 
 
@@ -69,18 +68,11 @@ def make_training(dtype):
     model = new_model(dtype)
     inputs = inputs_of(model)
     target = torch.randn_like(inputs[0])
-    optimizer = torch.optim.AdamW(trained(model), lr=RATE, fused=True)
 
-    def results(function):
-        optimizer.zero_grad()
-        loss = F.mse_loss(function(*inputs), target)
-        loss.backward()
-        return loss, *(parameter.grad for parameter in trained(model))
+    def loss_of(function):
+        return F.mse_loss(function(*inputs), target)
 
-    def step(function):
-        results(function)
-        optimizer.step()
-        optimizer.zero_grad()  # gradients count as memory that a step takes
+    results, step = training(model, loss_of)
 
     def of_sample(parameters, x, c_noise, target_of_sample):
         out = reference.image_diffit(parameters, x, c_noise)

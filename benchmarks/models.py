@@ -30,6 +30,7 @@ RESOLUTIONS = {"256px": 256, "512px": 512}
 PIXELS_PER_LATENT, PATCH = 8, 2
 FLOOR = "products alone"
 EARLY = 32  # timesteps
+RATE = 1e-7  # of training
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
@@ -156,6 +157,31 @@ def moved(sizes: dict[str, int], dtype: str, train: bool = False) -> int:
         x, temb = torch.empty(batch, side**2, channels), torch.empty(batch, channels)
     inputs = [t.to(DTYPES[dtype]) for t in (x, temb)]
     return moved_bytes([*inputs, *[*block.parameters()] * sizes["depth"]], inputs[:1], train)
+
+
+def training(
+    model: nn.Module, loss_of: Callable[[Callable[..., Tensor]], Tensor]
+) -> tuple[Callable, Callable]:
+    """What is verified and what is timed of a training step, as functions of a variant's function.
+
+    Verified are the loss and all gradients, timed is the whole step with AdamW. The parameters are
+    shared and move with every step; the rate is so small that they stay what they are for the time
+    of a race.
+    """
+    optimizer = torch.optim.AdamW(trained(model), lr=RATE, fused=True)
+
+    def results(function):
+        optimizer.zero_grad()
+        loss = loss_of(function)
+        loss.backward()
+        return loss, *(parameter.grad for parameter in trained(model))
+
+    def step(function):
+        results(function)
+        optimizer.step()
+        optimizer.zero_grad()  # gradients count as memory that a step takes
+
+    return results, step
 
 
 def products_alone(

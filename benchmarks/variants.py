@@ -17,11 +17,6 @@ from benchmarks.peers import compiled, sdpa
 from benchmarks.race import DEVICE, Provider, backends
 from diffit_kernels.block import TimeDependentAttention
 from diffit_kernels.dispatch import PREFERENCE
-from diffit_kernels.positions import (
-    partition_windows,
-    relative_position_index,
-    reverse_windows,
-)
 
 MAX_AUTOTUNE = "max-autotune"  # with CUDA graphs: the host's time counts here
 
@@ -36,22 +31,9 @@ class SdpaAttention(TimeDependentAttention):
     def forward(self, x: Tensor, temb: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """(B, N, C), (B, T) -> (B, N, C), tokens of ``grid`` row by row; default one window."""
         grid = self.window_size if grid is None else grid
-        qkv = self.qkv(x)
-        if self.qkv_temb is not None:
-            qkv = qkv + self.qkv_temb(temb)[:, None]
-        if grid != self.window_size:
-            qkv = partition_windows(qkv, grid, self.window_size)
-        windows, tokens, channels3 = qkv.shape
-        qkv = qkv.view(windows, tokens, 3, self.num_heads, channels3 // (3 * self.num_heads))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B · windows, nH, L, d) each
-        bias = None
-        if (table := self.relative_position_bias_table) is not None:
-            bias = table[relative_position_index(self.window_size, table.device)]
-            bias = bias.permute(2, 0, 1).contiguous()[None]
-        out = sdpa(q, k, v, bias).transpose(1, 2).reshape(windows, tokens, channels3 // 3)
-        if grid != self.window_size:
-            out = reverse_windows(out, grid, self.window_size)
-        return self.proj(out)
+        bias = self.position_bias()
+        bias = None if bias is None else bias.contiguous()[None]
+        return self.joined(sdpa(*self.heads(x, temb, grid), bias), grid)
 
 
 def through_sdpa(module: nn.Module) -> None:

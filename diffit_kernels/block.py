@@ -156,6 +156,14 @@ class TimeDependentAttention(nn.Module):
         if self.use_fused_tmsa:
             return fused.attention(self.parts(), x, temb, grid, backend=self.backend)
         grid = self.window_size if grid is None else grid
+        q, k, v = self.heads(x, temb, grid)
+        scores = q * self.scale @ k.mT
+        if (bias := self.position_bias()) is not None:
+            scores = scores + bias
+        return self.joined(scores.softmax(-1).to(v.dtype) @ v, grid)
+
+    def heads(self, x: Tensor, temb: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        """q, k and v with the time token, (B · windows, nH, L, d) each."""
         qkv = self.qkv(x)
         if self.qkv_temb is not None:
             qkv = qkv + self.qkv_temb(temb)[:, None]
@@ -164,13 +172,17 @@ class TimeDependentAttention(nn.Module):
         windows, tokens, channels3 = qkv.shape
         head_dim = channels3 // (3 * self.num_heads)
         qkv = qkv.view(windows, tokens, 3, self.num_heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B · windows, nH, L, d) each
-        scores = q * self.scale @ k.mT
-        if (table := self.relative_position_bias_table) is not None:
-            index = relative_position_index(self.window_size, table.device)
-            scores = scores + table[index].permute(2, 0, 1)
-        out = scores.softmax(-1).to(v.dtype) @ v
-        out = out.transpose(1, 2).reshape(windows, tokens, channels3 // 3)
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+    def position_bias(self) -> Tensor | None:
+        """B, (nH, L, L), gathered from the table."""
+        if (table := self.relative_position_bias_table) is None:
+            return None
+        return table[relative_position_index(self.window_size, table.device)].permute(2, 0, 1)
+
+    def joined(self, out: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The projection of all heads' results, (B · windows, nH, L, d) -> (B, N, C)."""
+        out = out.transpose(1, 2).flatten(2)
         if grid != self.window_size:
             out = reverse_windows(out, grid, self.window_size)
         return self.proj(out)

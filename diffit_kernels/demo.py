@@ -14,7 +14,7 @@ from diffit_kernels.image_model import ImageDiffiT, diffit_cifar10
 from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling import check_extra, denoise, initial_noise, sample_generator
 from diffit_kernels.sampling.decode import image_decoder, shuffle_decoder
-from diffit_kernels.sampling.edm import heun_sample, image_noise
+from diffit_kernels.sampling.edm import heun_sample
 from diffit_kernels.sampling.run import picture_grid
 
 STEPS, CFG_SCALE, PER_CLASS = 50, 3.0, 10
@@ -66,10 +66,9 @@ def sample_digits(model: Model, per_class: int, seed: int = 0) -> tuple[Tensor, 
     generators = [sample_generator(seed, index) for index in range(count)]
     with tqdm(total=steps, unit="step", desc=f"{count} digits") as bar:
         settings = {"num_steps": steps, "cfg_scale": scale, "on_step": bar.update}
-        if isinstance(model, ImageDiffiT):
-            noise = image_noise(model, generators)
-            return heun_sample(model, noise, labels, **settings).float(), labels
         noise = initial_noise(model, generators)
+        if isinstance(model, ImageDiffiT):
+            return heun_sample(model, noise, labels, **settings).float(), labels
         return denoise(model, noise, labels, generators=generators, **settings), labels
 
 

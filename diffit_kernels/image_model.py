@@ -195,6 +195,11 @@ class ImageDiffiT(Switches):
         self.initialize_weights()
 
     @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(in_channels, S, S) of what it denoises."""
+        return self.in_channels, self.image_size, self.image_size
+
+    @property
     def null_class(self) -> int | None:
         """The label of samples without a class, for guidance; None if there is none."""
         has_one = self.y_embedder is not None and self.y_embedder.dropout_prob > 0

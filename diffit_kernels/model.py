@@ -130,6 +130,11 @@ class DiffiT(Switches):
         self.backend = backend
         self.initialize_weights()
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(in_channels, S, S) of what it denoises."""
+        return self.in_channels, self.input_size, self.input_size
+
     def initialize_weights(self) -> None:
         """Xavier-uniform linear layers, N(0, 0.02) embeddings, zero output: the published start.
 

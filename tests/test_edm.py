@@ -9,7 +9,7 @@ from torch import nn
 
 import reference
 from diffit_kernels.image_model import ImageDiffiT
-from diffit_kernels.sampling import sample_generator
+from diffit_kernels.sampling import initial_noise, sample_generator
 from diffit_kernels.sampling.edm import (
     SIGMA_DATA,
     SIGMA_MAX,
@@ -17,7 +17,6 @@ from diffit_kernels.sampling.edm import (
     denoised,
     edm_loss,
     heun_sample,
-    image_noise,
     preconditioning,
     sigma_schedule,
 )
@@ -179,9 +178,9 @@ def test_sampler_evaluates_35_times_in_18_steps(gaussian):
 
 def test_a_sample_does_not_depend_on_its_batch(model, gaussian):
     """To the bit where no products of another shape are in between."""
-    noise = image_noise(model, [sample_generator(3, index) for index in range(5)])
+    noise = initial_noise(model, [sample_generator(3, index) for index in range(5)])
     assert noise.shape == (5, 3, 8, 8) and noise.dtype == torch.float32
-    alone = image_noise(model, [sample_generator(3, 4)])
+    alone = initial_noise(model, [sample_generator(3, 4)])
     assert torch.equal(noise[4:], alone)
     assert not torch.equal(noise[0], noise[1])
     whole = heun_sample(gaussian, noise)

@@ -13,7 +13,6 @@ import diffit_kernels
 from diffit_kernels import DiffiT, DiffiTPipeline, ImageDiffiT, from_pretrained
 from diffit_kernels.sampling import denoise, heun_sample, initial_noise, sample_generator
 from diffit_kernels.sampling.decode import image_decoder, shuffle_decoder, vae_decoder
-from diffit_kernels.sampling.edm import image_noise
 from tests.conftest import DEVICES
 from tests.parity import assert_close
 
@@ -80,7 +79,7 @@ def test_digits_are_what_denoise_gives(digits):
 
 def test_image_space_is_what_heun_gives(image_digits):
     model, labels = from_pretrained("image_digits"), torch.tensor([3, 7])
-    noise = image_noise(model, generators(2))
+    noise = initial_noise(model, generators(2))
     expected = heun_sample(model, noise, labels, num_steps=4, cfg_scale=2.0)
     pictures = image_digits(labels, 2.0, generators(2), **STEPS).images
     assert np.array_equal(np.stack(pictures), image_decoder()(expected))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from diffit_kernels import from_pretrained, save_pretrained
 from diffit_kernels.cli import main
-from diffit_kernels.sampling import heun_sample, image_noise, sample_generator
+from diffit_kernels.sampling import heun_sample, initial_noise, sample_generator
 from diffit_kernels.sampling.decode import image_decoder
 from tests.golden_files import recording
 from tests.test_image_model import small
@@ -42,7 +42,7 @@ def test_images_are_those_of_heun_s_sampler(checkpoint, tmp_path):
     for generator in generators:
         torch.randint(3, (1,), generator=generator)  # a sample's label is drawn before its noise
     expected = heun_sample(
-        model, image_noise(model, generators), torch.tensor(labels), num_steps=3, cfg_scale=2.0
+        model, initial_noise(model, generators), torch.tensor(labels), num_steps=3, cfg_scale=2.0
     )
     difference = images.astype(int) - image_decoder()(expected).astype(int)
     assert abs(difference).max() <= 1  # at a whole number, rounding of another batch decides

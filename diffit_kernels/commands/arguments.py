@@ -48,3 +48,9 @@ def labels(text: str) -> tuple[int, ...]:
     except ValueError:
         message = f"must be numbers with commas between, got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def switch(parser: argparse.ArgumentParser, name: str, default: bool, what: str) -> None:
+    """Add an argument that is True, False, or alone for True, as the published command has them."""
+    words = {"type": boolean, "nargs": "?", "const": True, "default": default}
+    parser.add_argument(name, **words, help=f"{what}; default {default}")

@@ -17,12 +17,12 @@ from diffit_kernels.checkpoint_files import open_checkpoint, read_metadata, reso
 from diffit_kernels.checkpoint_image import is_image_diffit
 from diffit_kernels.commands.arguments import (
     DTYPES,
-    boolean,
     default_device,
     finite,
     labels,
     positive,
     split,
+    switch,
 )
 from diffit_kernels.dispatch import BACKENDS
 from diffit_kernels.image_model import ImageDiffiT
@@ -55,17 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of 1000, default 250; of Heun for image-space models: 18, above 32 pixels 40",
     )
     add("--batch_size", type=positive, default=50, help="default 50")
-    add("--cfg_cond", type=boolean, nargs="?", const=True, default=True, help="guide; default True")
+    switch(parser, "--cfg_cond", True, "guide")
     add("--cfg_scale", type=finite, help="default as published: 4.4, 1.49 at 512 pixels, DiT 1.5")
     add("--scale_pow", type=finite, help="of the guidance schedule; default 4, DiT 0: constant")
-    add(
-        "--use_ddim",
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="DDIM, eta 0; default False",
-    )
+    switch(parser, "--use_ddim", False, "DDIM, eta 0")
     add("--sampler", choices=SAMPLERS, help="of latent models; default ddpm, as published")
     add(
         "--guidance_eps",
@@ -75,18 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--classes", type=labels, default=(), help="labels taken in turn, '207,360'; else drawn")
     add("--split", type=split, help="'0/4': the first of 4 processes' batches; without torchrun")
-    add(
-        "--overlap",
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=True,
-        help="decode and write a batch while the next is sampled; default True",
-    )
+    switch(parser, "--overlap", True, "decode and write a batch while the next is sampled")
     add("--seed", type=int, default=0, help="every sample has its own numbers; default 0")
     add("--device", default=default_device(), help="default %(default)s here")
     add("--dtype", choices=DTYPES, default="float32", help="of the network; default float32")
-    add("--use_fused_tmsa", type=boolean, nargs="?", const=True, default=True, help="default True")
+    switch(parser, "--use_fused_tmsa", True, "through the fused ops")
     add("--backend", choices=BACKENDS, help="of the fused ops; default by device")
     add("--vae", default=decode.VAE_ID, help="folder or hub id of the VAE, or 'none' for latents")
 

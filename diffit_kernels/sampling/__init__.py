@@ -8,7 +8,6 @@ from diffit_kernels.sampling.edm import (
     denoised,
     edm_loss,
     heun_sample,
-    image_noise,
     sigma_schedule,
 )
 from diffit_kernels.sampling.schedule import check_extra, make_scheduler, respaced_timesteps
@@ -21,7 +20,6 @@ __all__ = [
     "initial_noise",
     "denoise",
     "sigma_schedule",
-    "image_noise",
     "denoised",
     "edm_loss",
     "heun_sample",

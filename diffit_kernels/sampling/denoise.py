@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling.predict import ALL_SAVINGS, Predictor, Savings
@@ -17,11 +17,14 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def initial_noise(model: DiffiT, generators: Sequence[torch.Generator]) -> Tensor:
-    """(B, in_channels, S, S) float32 on the model's device, one sample from each generator."""
-    shape = (model.in_channels, model.input_size, model.input_size)
+def initial_noise(model: nn.Module, generators: Sequence[torch.Generator]) -> Tensor:
+    """(B, in_channels, S, S) float32 on the model's device, one sample from each generator.
+
+    For latents and images: the shape is the model's ``sample_shape``.
+    """
+    shape = model.sample_shape
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    return noise.to(model.pos_embed.device)
+    return noise.to(next(model.parameters()).device)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ The letters: B batch; c channels and S side of an image; σ noise level; σ_d th
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -144,17 +144,6 @@ def sigma_schedule(
     progress = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     levels = (first + progress * (last - first)) ** rho
     return torch.cat((levels, torch.zeros(1, dtype=torch.float64)))
-
-
-def image_noise(model: nn.Module, generators: Sequence[torch.Generator]) -> Tensor:
-    """(B, in_channels, S, S) float32 on the model's device, standard normal, a sample from each.
-
-    As :func:`~diffit_kernels.sampling.denoise.initial_noise` for latents: with the generators of
-    :func:`~diffit_kernels.sampling.denoise.sample_generator` an image does not depend on its batch.
-    """
-    shape = (model.in_channels, model.image_size, model.image_size)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    return noise.to(next(model.parameters()).device)
 
 
 @torch.inference_mode()

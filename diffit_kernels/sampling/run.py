@@ -25,7 +25,7 @@ from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling.background import Background
 from diffit_kernels.sampling.decode import Decoder
 from diffit_kernels.sampling.denoise import denoise, initial_noise, sample_generator
-from diffit_kernels.sampling.edm import heun_sample, image_noise
+from diffit_kernels.sampling.edm import heun_sample
 from diffit_kernels.sampling.schedule import respaced_timesteps, sampler_name
 
 SHARD = re.compile(r"\d{8}-\d{8}\.npz")
@@ -187,7 +187,7 @@ class SamplingRun:
         if isinstance(model, ImageDiffiT):
             return heun_sample(
                 model,
-                image_noise(model, generators),
+                initial_noise(model, generators),
                 None if model.num_classes is None else labels,
                 num_steps=settings.num_sampling_steps,
                 cfg_scale=settings.cfg_scale,
