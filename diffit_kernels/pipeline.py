@@ -53,6 +53,8 @@ class DiffiTPipeline:
         ValueError: an unknown ``decoder``, or more than one way to images.
     """
 
+    _callback_tensor_inputs = ("latents",)  # the name that diffusers' callbacks look for
+
     def __init__(
         self,
         transformer: DiffiT | ImageDiffiT,
@@ -78,6 +80,7 @@ class DiffiTPipeline:
             )
         self.transformer, self.vae, self.decoder = transformer, vae, decoder
         self._progress_bar_config: dict[str, Any] = {}
+        self._interrupt = False  # set by callbacks
 
     @classmethod
     def from_pretrained(
@@ -191,6 +194,7 @@ class DiffiTPipeline:
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["DiffiTPipeline", int, float, dict], Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
         batch_size: int | None = None,
         latents: Tensor | None = None,
@@ -210,19 +214,21 @@ class DiffiTPipeline:
                 (B, H, W, 3) array in [0, 1]; "pt" for such a (B, 3, H, W) tensor; "latent" for
                 what the sampler gives, float32.
             return_dict: an ``ImagePipelineOutput`` with ``images``, or a tuple of these alone.
-            callback_on_step_end: called after every step as (pipeline, step, timestep, {}); of
-                Heun with the noise level for timestep. It is given no tensors, and can change none.
+            callback_on_step_end: called after every step as (pipeline, step, timestep, tensors); of
+                Heun with the noise level for timestep. It may return {"latents": …} to go on from;
+                and after ``pipeline._interrupt = True`` the latents as they are become images.
+            callback_on_step_end_tensor_inputs: what ``tensors`` has: "latents", float32, of Heun
+                float64, (B, channels, S, S); or nothing. diffusers' callback objects say it.
             batch_size: images of a model without classes, default 1.
             latents: the noise to start from, (B, channels, S, S), standard normal; default drawn.
             scale_pow: power of the guidance schedule, see
                 :meth:`~diffit_kernels.model.DiffiT.forward_with_cfg`; default 4, DiT 0: constant.
-            sampler: of latent models, see :func:`~diffit_kernels.sampling.schedule.make_scheduler`;
+            sampler: of latent models, see :func:`~diffit_kernels.sampling.denoiser.denoise`;
                 default ancestral steps.
 
         Raises:
-            TypeError, ValueError: an argument breaks one of the rules above; or the transformer is
-                in training mode.
-            NotImplementedError: the callback returns tensors.
+            TypeError, ValueError: an argument breaks one of the rules above, or the callback
+                returns other tensors; or the transformer is in training mode.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
@@ -254,9 +260,14 @@ class DiffiTPipeline:
             run = denoise
             generators = (generator,) if isinstance(generator, torch.Generator) else generator
             settings |= {"scale_pow": power, "sampler": sampler, "generators": generators}
+        hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs, times)
+        self._interrupt = False
         with self._progress_bar(steps) as bar:
-            on_step = _stepper(self, times, bar.update, callback_on_step_end)
-            result = run(self.transformer, noise, labels, on_step=on_step, **settings)
+            hooks = {"on_step": bar.update, "on_step_end": hook}
+            try:
+                result = run(self.transformer, noise, labels, **hooks, **settings)
+            except _Interrupted as interrupted:
+                result = interrupted.latents
         images = self._output(result.float().clone(), output_type)  # a clone that autograd takes
         if not return_dict:
             return (images,)
@@ -268,6 +279,36 @@ class DiffiTPipeline:
         from tqdm import tqdm
 
         return tqdm(total=total, **self._progress_bar_config)
+
+    def _hook(
+        self, callback: Callable | None, names: Sequence[str], times: Sequence[float]
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """What the sampler calls with the latents after every step."""
+        names = getattr(callback, "tensor_inputs", names)
+        if unknown := [name for name in names if name not in self._callback_tensor_inputs]:
+            raise ValueError(
+                "callback_on_step_end_tensor_inputs must be of "
+                f"{list(self._callback_tensor_inputs)}, got {unknown}"
+            )
+        if callback is None:
+            return None
+        remaining = iter(enumerate(times))
+
+        def on_step_end(latents: Tensor) -> Tensor | None:
+            step, time = next(remaining)
+            given = {name: latents for name in names}
+            changed = callback(self, step, time, given) or {}
+            if unknown := sorted(changed.keys() - set(self._callback_tensor_inputs)):
+                raise ValueError(
+                    "callback_on_step_end must return None or a dictionary of "
+                    f"{list(self._callback_tensor_inputs)}, got {unknown}"
+                )
+            latents = changed.get("latents", latents)
+            if self._interrupt:
+                raise _Interrupted(latents)
+            return latents
+
+        return on_step_end
 
     def _makes_images(self) -> bool:
         in_image_space = isinstance(self.transformer, ImageDiffiT)
@@ -350,20 +391,12 @@ class DiffiTPipeline:
         return latents.expand(-1, 3, -1, -1)
 
 
-def _stepper(pipeline, times, update, callback) -> Callable[[], None]:
-    """What the sampler calls after every step."""
-    remaining = iter(enumerate(times))
+class _Interrupted(Exception):
+    """A callback asked to stop at these latents."""
 
-    def on_step() -> None:
-        update()
-        step, time = next(remaining)
-        if callback is not None and (changed := callback(pipeline, step, time, {})):
-            raise NotImplementedError(
-                "callback_on_step_end cannot change what is sampled, and must return None or {}, "
-                f"got {list(changed)}"
-            )
-
-    return on_step
+    def __init__(self, latents: Tensor):
+        super().__init__()
+        self.latents = latents
 
 
 def _read_index(path: Path) -> dict:

@@ -47,10 +47,16 @@ def latents_for(model, dtype=torch.float32):
 
 @torch.inference_mode()
 def predictions(model, savings, dtype=torch.float32, cfg_scale=4.4, device="cpu", **kwargs):
-    labels = LABELS.to(device)
-    predict = Predictor(model, labels, TIMESTEPS, cfg_scale, savings=savings, **kwargs)
+    predict = Predictor(model, TIMESTEPS, cfg_scale, savings=savings, **kwargs)
     x = latents_for(model, dtype).to(device)
-    return torch.stack([predict(x, step) for step in range(len(TIMESTEPS))])
+    return called(predict, x, LABELS.to(device))
+
+
+def called(predict, x, labels):
+    condition = predict.condition(labels)
+    steps = range(len(predict.timesteps))
+    steps = [(torch.tensor([i], device=x.device), i in predict.guided) for i in steps]
+    return torch.stack([predict(x, condition, *step) for step in steps])
 
 
 def test_guidance_steps_of_the_published_run():
@@ -134,8 +140,7 @@ def test_errs_at_most_twice_as_much_as_the_literal_model(dtype):
     exact = copy.deepcopy(model).double()
     x = latents_for(model, dtype).double()
     with torch.inference_mode():
-        predict = Predictor(exact, LABELS, TIMESTEPS, 4.4, savings=NONE)
-        truth = torch.stack([predict(x, step) for step in range(len(TIMESTEPS))])
+        truth = called(Predictor(exact, TIMESTEPS, 4.4, savings=NONE), x, LABELS)
     floor = 4 * torch.finfo(dtype).eps
     assert relative_error(ours, truth) <= 2 * relative_error(literal, truth) + floor
 
@@ -172,12 +177,12 @@ class Rows(TorchDispatchMode):
 
 
 def test_what_is_left_to_compute():
-    """Two table products a run; the first qkv for one half; no null half where its weight is 0."""
+    """Two products of tables; the first qkv for one half; no null half where its weight is 0."""
     model, batch = random_model(backend="eager"), len(LABELS)
     with Rows() as counted:
         predictions(model, ALL_SAVINGS)  # three guided steps of four
     assert counted.calls["time_projections"] == 2
-    assert counted.rows["time_projections"] == [len(TIMESTEPS), 3], "two classes and null"
+    assert counted.rows["time_projections"] == [3, len(TIMESTEPS)], "two classes and null"
     first, last = [batch] * 2 + [2 * batch] * 2, [batch] * 3
     assert counted.rows["window_attention"] == first * 3 + last
     products = counted.rows["linear"]  # qkv and projection of every block
@@ -279,13 +284,13 @@ def test_errors_are_the_models_own():
     x, timesteps = latents_for(model), [0, 999]
     for savings in (ALL_SAVINGS, NONE):
         with pytest.raises(ValueError, match=r"labels must be in 0\.\.5"):
-            Predictor(model, LABELS + 9, timesteps, 2.0, savings=savings)(x, 0)
+            called(Predictor(model, timesteps, 2.0, savings=savings), x, LABELS + 9)
         with pytest.raises(TypeError, match=r"x must be torch\.float32 like the model"):
-            Predictor(model, LABELS, timesteps, 2.0, savings=savings)(x.double(), 0)
+            called(Predictor(model, timesteps, 2.0, savings=savings), x.double(), LABELS)
         no_null = random_model(class_dropout_prob=0.0)
         with pytest.raises(ValueError, match=r"labels must be in 0\.\.4, got 1\.\.5"):
-            Predictor(no_null, LABELS, timesteps, 2.0, savings=savings)(x, 0)
-        Predictor(no_null, LABELS, timesteps, savings=savings)(x, 0)
+            called(Predictor(no_null, timesteps, 2.0, savings=savings), x, LABELS)
+        called(Predictor(no_null, timesteps, savings=savings), x, LABELS)
     hooked(model)
     with pytest.raises(ValueError, match=r"must be a bare DiffiTBlock .* got DiffiTBlock at 1"):
         model.forward_with_time_parts(x, torch.zeros(3, 3, 64))
@@ -294,8 +299,8 @@ def test_errors_are_the_models_own():
 def test_an_empty_batch():
     model = random_model(backend="eager")
     x, labels = torch.zeros(0, 4, 8, 8), torch.zeros(0, dtype=torch.int64)
-    out = Predictor(model, labels, [999], 2.0)(x, 0)
-    assert out.shape == (0, 8, 8, 8)
+    out = called(Predictor(model, [999], 2.0), x, labels)
+    assert out.shape == (1, 0, 8, 8, 8)
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3])

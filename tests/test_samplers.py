@@ -7,36 +7,81 @@ import pytest
 import torch
 
 from diffit_kernels import DiffiT, from_pretrained
-from diffit_kernels.sampling import denoise, initial_noise, make_scheduler, sample_generator
-from diffit_kernels.sampling.schedule import BETAS, SAMPLERS, SPACINGS, respaced_timesteps
+from diffit_kernels.sampling import denoise, initial_noise, sample_generator
+from diffit_kernels.sampling.schedule import (
+    BETAS,
+    PUBLISHED,
+    SAMPLERS,
+    SPACINGS,
+    default_spacing,
+    make_solver,
+    published_coefficients,
+    published_step,
+    respaced_timesteps,
+)
 from tests.parity import assert_close, relative_error
 
 pytest.importorskip("diffusers", reason="the sample extra is not installed")
+SOLVERS = [name for name in SAMPLERS if name not in PUBLISHED]
 WITHOUT_NOISE = [name for name in SAMPLERS if name != "ddpm"]
 LABELS = torch.tensor([3, 8])
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 250, 1000])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_respaced_step_once(sampler, spacing, num_steps):
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_solvers_take_every_respaced_step_once(sampler, spacing, num_steps):
     """Indices of the shortened chain downwards, whose noise levels are those of the timesteps."""
-    scheduler, timesteps = make_scheduler(num_steps, sampler, spacing=spacing)
+    scheduler = make_solver(num_steps, sampler, spacing)
     assert scheduler.timesteps.tolist() == list(range(num_steps))[::-1]
-    assert timesteps.tolist() == respaced_timesteps(num_steps, spacing).tolist()
+    timesteps = respaced_timesteps(num_steps, spacing)
     expected = torch.from_numpy(np.cumprod(1 - BETAS)[timesteps])
     assert_close(scheduler.alphas_cumprod, expected, 1e-5)
-    if hasattr(scheduler, "sigmas"):
-        sigmas = ((1 - expected) / expected).sqrt().flip(0)
-        assert_close(scheduler.sigmas[:-1], sigmas, 1e-3)  # betas are rounded to float32
-        assert scheduler.sigmas[-1] == 0
+    sigmas = ((1 - expected) / expected).sqrt().flip(0)
+    assert_close(scheduler.sigmas[:-1], sigmas, 1e-3)  # betas are rounded to float32
+    assert scheduler.sigmas[-1] == 0
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_default_spacing_is_the_published_one_or_the_solvers(sampler):
-    spacing = "even" if sampler in ("ddpm", "ddim") else "quadratic"
-    _, timesteps = make_scheduler(25, sampler)
-    assert timesteps.tolist() == respaced_timesteps(25, spacing).tolist()
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 250, 1000])
+@pytest.mark.parametrize("sampler", PUBLISHED)
+def test_published_steps_are_those_of_diffusers(sampler, num_steps, monkeypatch):
+    """At every step of the chain, but for the schedule that diffusers rounds to float32."""
+    import diffusers
+
+    timesteps = respaced_timesteps(num_steps)
+    abar = np.cumprod(1 - BETAS)[timesteps]
+    betas = 1 - abar / np.concatenate(([1.0], abar[:-1]))
+    chain = {"num_train_timesteps": num_steps, "trained_betas": betas, "clip_sample": False}
+    if sampler == "ddpm":
+        scheduler = diffusers.DDPMScheduler(**chain, variance_type="learned_range")
+    else:
+        scheduler = diffusers.DDIMScheduler(**chain)
+    scheduler.set_timesteps(num_steps)
+    scheduler.betas = torch.from_numpy(betas)  # in float64, as are we
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas))
+    scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+
+    x, epsilon, v, noise = torch.randn(4, 2, 3, 4, 4, dtype=torch.float64).unbind()
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noise)
+    table = torch.from_numpy(published_coefficients(timesteps, sampler))
+    drawn = noise if sampler == "ddpm" else None
+    for i in range(num_steps):
+        out = torch.cat((epsilon, v), 1) if sampler == "ddpm" else epsilon
+        expected = scheduler.step(out, i, x).prev_sample
+        assert_close(published_step(x, out, drawn, table[i]), expected, 1e-9, f"step {i}")
+    last = published_step(x, torch.cat((epsilon, v), 1), None, table[0])
+    start = (x - np.sqrt(1 - abar[0]) * epsilon) / np.sqrt(abar[0])
+    assert_close(last, start, 1e-12, "the last step ends with x_0")
+
+
+def test_the_default_spacing_is_the_published_one_or_the_solvers():
+    assert {default_spacing(sampler) for sampler in PUBLISHED} == {"even"}
+    assert {default_spacing(sampler) for sampler in SOLVERS} == {"quadratic"}
+    assert (
+        make_solver(25, "unipc").alphas_cumprod[1]
+        > make_solver(25, "unipc", "even").alphas_cumprod[1]
+    )
 
 
 def test_quadratic_timesteps_ascend_from_the_first_to_the_last():
@@ -101,7 +146,6 @@ def test_use_ddim_is_a_sampler(small):
     noise = torch.randn(2, 4, 4, 4)
     flag = denoise(small, noise, LABELS, num_steps=4, use_ddim=True)
     assert torch.equal(flag, denoise(small, noise, LABELS, num_steps=4, sampler="ddim"))
-    assert type(make_scheduler(4, use_ddim=True)[0]) is type(make_scheduler(4, "ddim")[0])
 
 
 def test_errors(small):
@@ -110,9 +154,9 @@ def test_errors(small):
     with pytest.raises(ValueError, match=rf"sampler must be one of \({choices}\), got 'euler'"):
         denoise(small, noise, LABELS, num_steps=4, sampler="euler")
     with pytest.raises(ValueError, match=rf"one of \({choices}\), got True"):
-        make_scheduler(4, True)
+        denoise(small, noise, LABELS, num_steps=4, sampler=True)
     with pytest.raises(ValueError, match="use_ddim=True is sampler='ddim', got sampler='unipc'"):
-        make_scheduler(4, "unipc", use_ddim=True)
+        denoise(small, noise, LABELS, num_steps=4, sampler="unipc", use_ddim=True)
     with pytest.raises(ValueError, match=r"spacing must be one of \('even', .* got 'cosine'"):
         denoise(small, noise, LABELS, num_steps=4, sampler="ddim", spacing="cosine")
     with pytest.raises(ValueError, match="needs a model with learn_sigma=True"):

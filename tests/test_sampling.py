@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 
 from diffit_kernels import DiffiT, from_pretrained, patch
 from diffit_kernels.cli import main
-from diffit_kernels.sampling import denoise, initial_noise, respaced_timesteps, sample_generator
+from diffit_kernels.sampling import (
+    Denoiser,
+    denoise,
+    initial_noise,
+    respaced_timesteps,
+    sample_generator,
+)
 from diffit_kernels.sampling.decode import shuffle_decoder, to_uint8
 from diffit_kernels.sampling.run import SamplingRun, Settings
 from tests import lookalike
@@ -42,9 +48,7 @@ def test_trajectory_agrees_with_the_recording(name, path, monkeypatch):
         patch(model.eval())
     model.load_state_dict(small.under("state."))
     noise = iter(golden["noise"])
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(noise)[:2]
-    )
+    monkeypatch.setattr("diffit_kernels.sampling.noise.step_noise", lambda *_: next(noise)[:2])
     # The recording's second half is the unconditional batch; guidance uses the first's latents.
     sample = denoise(
         model,
@@ -282,7 +286,7 @@ def test_command_line_decodes_with_a_vae(model, tmp_path):
 
 
 def test_command_line_interrupted_keeps_and_says(checkpoint, tmp_path, capsys, monkeypatch):
-    real, calls = denoise, []
+    real, calls = Denoiser.__call__, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -290,7 +294,7 @@ def test_command_line_interrupted_keeps_and_says(checkpoint, tmp_path, capsys, m
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("diffit_kernels.sampling.run.denoise", interrupted)
+    monkeypatch.setattr(Denoiser, "__call__", interrupted)
     arguments = [*SAMPLE, "--model_path", str(checkpoint), "--log_dir", str(tmp_path / "out")]
     assert main(arguments) == 130
     assert "2 of 5 samples are kept in" in capsys.readouterr().err

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffit_kernels.sampling.hooks import OnStepEnd, after_hook
+
 SIGMA_DATA = 0.5
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 LN_SIGMA_MEAN, LN_SIGMA_DEVIATION = -1.2, 1.2
@@ -155,6 +157,7 @@ def heun_sample(
     num_steps: int = 18,
     cfg_scale: float | None = None,
     on_step: Callable[[], None] = lambda: None,
+    on_step_end: OnStepEnd | None = None,
 ) -> Tensor:
     """Images from noise by the deterministic sampler of EDM (algorithm 1), of second order.
 
@@ -174,6 +177,7 @@ def heun_sample(
         cfg_scale: w of classifier-free guidance, D_null + w (D_labels - D_null), both from one pass
             over a doubled batch; None samples without.
         on_step: called after every step.
+        on_step_end: called after every step with x; what it returns, if not None, is gone on from.
 
     Returns:
         (B, c, S, S) float64. The state is float64, as in EDM: beside the network that costs
@@ -211,6 +215,8 @@ def heun_sample(
             ahead = x + (after - now) * (start + slope(ahead, after)) / 2
         x = ahead
         on_step()
+        if on_step_end is not None:
+            x = after_hook(on_step_end, x)
     return x
 
 

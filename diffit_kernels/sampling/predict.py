@@ -1,11 +1,12 @@
 """What a run of guided sampling asks of the model, without what can be known before a step.
 
-The letters: B batch; S side and c channels of a latent; C width of the model.
+The letters: B batch; S side and c channels of a latent; C width of the model; k 1, or 2 if guided.
 """
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +46,19 @@ OWN_PARTS = (
 
 @dataclass(frozen=True)
 class Savings:
-    """What a :class:`Predictor` saves. None changes results beyond rounding; tests switch them off.
+    """What sampling saves. None changes results beyond rounding; tests switch them off.
 
     Attributes:
-        time_tables: the time token's projections are sums of rows of two tables, made once.
+        time_tables: the time token's projections are sums of what was computed once.
         shared_halves: what the two halves of guidance have in common is computed once.
         skipped_guidance: no null half where its weight in the result is zero.
+        step_graph: on CUDA a step is one launch, of a graph.
     """
 
     time_tables: bool = True
     shared_halves: bool = True
     skipped_guidance: bool = True
+    step_graph: bool = True
 
 
 ALL_SAVINGS = Savings()
@@ -90,8 +93,21 @@ def guidance_steps(
     return ((weight - 1).abs() > guidance_eps).nonzero().flatten().tolist()
 
 
+class Condition(NamedTuple):
+    """What the labels of a batch come to, at all steps.
+
+    Attributes:
+        labels: (B,) int64 classes.
+        parts: (depth, k · B, 2C) the labels' share of every block's time parts, biases included;
+            k = 2, [labels; null], if any step is guided. None where none is computed ahead.
+    """
+
+    labels: Tensor
+    parts: Tensor | None
+
+
 class Predictor:
-    """The prediction for a batch of labels at the steps of a run, guided as published.
+    """The predictions of a run's steps for any batch of labels, guided as published.
 
     ::
 
@@ -101,23 +117,28 @@ class Predictor:
     blocks are conditioned by TMSA alone, with no hook, adapter or wrapper anywhere, it computes
 
     - time projections from tables: c = t_emb(t) + y_emb(y) has no activation, so that every
-      block's W c + b is W t_emb(t) + (W y_emb(y) + b), one row of a table over the timesteps and
-      one of a table over the labels' classes. Both are made at the first call, in the model's
-      dtype with float32 sums, and take (timesteps + classes present + 1) · depth · 2C numbers: for
-      the released models 258 KB of float32 each, 65 MB for 250 timesteps. A step makes 2B more;
+      block's W c + b is W t_emb(t) + (W y_emb(y) + b), a row of a table over the timesteps, made
+      once, and what is made of a batch's classes at its start. In the model's dtype with float32
+      sums the table takes timesteps · depth · 2C numbers: for the released models 258 KB of float32
+      each, 65 MB for 250 timesteps;
     - for one half what has no time token in it: patches, and the first block's norm and qkv.
 
     Any other model is called as it is. The null half is left out at the steps that
     :func:`guidance_steps` does not name, for every :class:`DiffiT` but subclasses.
 
+    A step is given as a tensor and read on the device alone, so that one CUDA graph serves all
+    steps that are guided alike.
+
     Args:
         model: a :class:`DiffiT` in eval mode, or what has its methods. It must not change between
             calls.
-        labels: (B,) int64 classes.
         timesteps: those of the run, in the units of training.
         cfg_scale, scale_pow: of :meth:`DiffiT.forward_with_cfg`; None does not guide.
         guidance_eps: of :func:`guidance_steps`.
         savings: which of these to use.
+
+    Attributes:
+        guided: the steps that need the null half.
 
     Raises:
         ValueError: ``guidance_eps`` < 0.
@@ -126,7 +147,6 @@ class Predictor:
     def __init__(
         self,
         model: DiffiT,
-        labels: Tensor,
         timesteps: Sequence[int],
         cfg_scale: float | None = None,
         scale_pow: float = 4.0,
@@ -134,20 +154,36 @@ class Predictor:
         guidance_eps: float = 0.0,
         savings: Savings = ALL_SAVINGS,
     ):
-        self.model, self.labels, self.savings = model, labels, savings
-        self.timesteps = [int(t) for t in timesteps]
+        self.model, self.savings = model, savings
+        self.timesteps = torch.tensor([int(t) for t in timesteps])
         self.cfg_scale, self.scale_pow = cfg_scale, scale_pow
         guided = range(len(self.timesteps)) if cfg_scale is not None else ()
         if cfg_scale is not None and savings.skipped_guidance and type(model) is DiffiT:
             guided = guidance_steps(model, timesteps, cfg_scale, scale_pow, guidance_eps)
-        self._guided = frozenset(guided)
+        self.guided = frozenset(guided)
         saves = savings.time_tables or (savings.shared_halves and cfg_scale is not None)
-        self._splits = saves and len(labels) > 0 and takes_time_parts(model)
-        if self._guided and self._splits:  # without a null class the model says what is wrong
+        self._splits = saves and takes_time_parts(model)
+        if self.guided and self._splits:  # without a null class the model says what is wrong
             self._splits = model.y_embedder.embedding_table.num_embeddings > model.num_classes
 
-    def __call__(self, latents: Tensor, step: int) -> Tensor:
+    def condition(self, labels: Tensor) -> Condition:
+        """What :meth:`__call__` takes for a batch of labels, (B,) int64 on the model's device."""
+        if not (self._splits and self.savings.time_tables and len(labels)):
+            return Condition(labels, None)
+        self.model.y_embedder.check("DiffiT", labels)
+        present, rows = labels.unique(return_inverse=True)
+        if self.guided:
+            rows = torch.cat((rows, torch.full_like(rows, len(present))))
+            present = torch.cat((present, present.new_tensor([self.model.num_classes])))
+        return Condition(labels, time_parts(self.model, self._embedded(present))[:, rows])
+
+    def __call__(self, latents: Tensor, condition: Condition, step: Tensor, guided: bool) -> Tensor:
         """The prediction for latents (B, c, S, S), in the model's dtype, at ``timesteps[step]``.
+
+        Args:
+            latents: of the batch that ``condition`` was made for.
+            step: (1,) int64 on the model's device.
+            guided: with the null half; whether ``step`` is in :attr:`guided`.
 
         Returns:
             (B, out_channels, S, S); of a guided one the conditional half.
@@ -155,63 +191,59 @@ class Predictor:
         Raises:
             TypeError, ValueError: as :meth:`DiffiT.forward`.
         """
-        t = torch.full_like(self.labels, self.timesteps[step])
-        guided = step in self._guided
-        if self._splits:
-            self.model.check_inputs(latents, t, self.labels)
-            out = self._from_time_parts(latents, step, guided)
+        t = self._timesteps.index_select(0, step).expand(len(latents))
+        if self._splits and len(latents):
+            self.model.check_inputs(latents, t, condition.labels)
+            out = self._from_time_parts(latents, condition, t, step, guided)
         elif self.cfg_scale is None:
-            return self.model(latents, t, self.labels)
+            return self.model(latents, t, condition.labels)
         else:
-            return self._by_model(latents, t, guided)
+            return self._by_model(latents, t, condition.labels, guided)
         if not guided:
             return out
         weight = self.model.guidance_weight(t, self.cfg_scale, scale_pow=self.scale_pow)
         conditional = out[: len(latents)]
         return torch.cat((guide(out, weight), conditional[:, 3:]), 1)
 
-    def _by_model(self, latents: Tensor, t: Tensor, guided: bool) -> Tensor:
+    def _by_model(self, latents: Tensor, t: Tensor, labels: Tensor, guided: bool) -> Tensor:
         if not guided:
-            return self.model.forward_with_cfg(latents, t, self.labels)
-        null = torch.full_like(self.labels, self.model.num_classes)
-        pair = (torch.cat(halves) for halves in ((latents, latents), (t, t), (self.labels, null)))
+            return self.model.forward_with_cfg(latents, t, labels)
+        null = torch.full_like(labels, self.model.num_classes)
+        pair = (torch.cat(halves) for halves in ((latents, latents), (t, t), (labels, null)))
         out = self.model.forward_with_cfg(*pair, cfg_scale=self.cfg_scale, scale_pow=self.scale_pow)
         return out[: len(latents)]
 
-    def _from_time_parts(self, latents: Tensor, step: int, guided: bool) -> Tensor:
+    def _from_time_parts(
+        self, latents: Tensor, condition: Condition, t: Tensor, step: Tensor, guided: bool
+    ) -> Tensor:
         """(B, ...), or of both halves (2B, ...) where ``guided``."""
-        classes, rows = self._classes
-        rows = rows if guided else rows[: len(latents)]
-        if self.savings.time_tables:
-            of_timesteps, of_classes = self._tables
-            parts = of_classes[:, rows] + of_timesteps[:, step, None]
+        labels, parts = condition
+        if parts is None:
+            temb = self.model.t_embedder(t)
+            halves = [self._embedded(labels) + temb]
+            if guided:
+                halves.append(
+                    self._embedded(torch.full_like(labels, self.model.num_classes)) + temb
+                )
+            parts = time_parts(self.model, torch.cat(halves))
         else:
-            t = torch.full_like(rows, self.timesteps[step])
-            temb = self.model.t_embedder(t) + self.model.y_embedder(classes[rows], False)
-            parts = time_parts(self.model, temb)
+            rows = (1 + guided) * len(latents)
+            parts = parts[:, :rows] + self._time_table.index_select(1, step)
         if guided and not self.savings.shared_halves:
             latents = torch.cat((latents, latents))
         return self.model.forward_with_time_parts(latents, parts)
 
-    @functools.cached_property
-    def _classes(self) -> tuple[Tensor, Tensor]:
-        """The classes present, then null if any is guided; and the places there of [labels; null].
-
-        Without guidance the places are those of the labels alone.
-        """
-        present, rows = self.labels.unique(return_inverse=True)
-        if not self._guided:
-            return present, rows
-        classes = torch.cat((present, present.new_tensor([self.model.num_classes])))
-        return classes, torch.cat((rows, torch.full_like(rows, len(present))))
+    def _embedded(self, classes: Tensor) -> Tensor:
+        return self.model.y_embedder(classes, False)
 
     @functools.cached_property
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        """(depth, timesteps, 2C) and (depth, classes + 1, 2C), the second with the biases."""
-        t = torch.tensor(self.timesteps, device=self.labels.device)
-        classes = self._classes[0]
-        of_timesteps = time_parts(self.model, self.model.t_embedder(t), bias=False)
-        return of_timesteps, time_parts(self.model, self.model.y_embedder(classes, False))
+    def _timesteps(self) -> Tensor:
+        return self.timesteps.to(next(self.model.parameters()).device)
+
+    @functools.cached_property
+    def _time_table(self) -> Tensor:
+        """(depth, timesteps, 2C), without biases."""
+        return time_parts(self.model, self.model.t_embedder(self._timesteps), bias=False)
 
 
 def time_parts(model: DiffiT, temb: Tensor, bias: bool = True) -> Tensor:
@@ -226,18 +258,28 @@ def time_parts(model: DiffiT, temb: Tensor, bias: bool = True) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def takes_time_parts(model: nn.Module) -> bool:
-    """Whether calling the model is no more than its parameters and the fused blocks say.
+def is_own(model: nn.Module) -> bool:
+    """Whether calling the model is no more than its parameters and our classes say.
 
-    A :class:`DiffiT` in eval mode, conditioned by TMSA alone, ``use_fused_tmsa`` throughout, no
-    autocast, and of every part its class is ours and nothing hangs on it.
+    A :class:`DiffiT` in eval mode without autocast, of whose parts each has a class of ours or
+    PyTorch's, and nothing hangs on it.
     """
     return (
         type(model) is DiffiT
-        and model.conditioning == "tmsa"
         and not model.training
         and not torch.is_autocast_enabled(model.pos_embed.device.type)
         and all(type(part) in OWN_PARTS and not fused.is_touched(part) for part in model.modules())
+    )
+
+
+def takes_time_parts(model: nn.Module) -> bool:
+    """Whether the blocks' time parts may be given: :func:`is_own`, TMSA alone, and fused all over.
+
+    The projections must be plain layers with biases.
+    """
+    return (
+        is_own(model)
+        and model.conditioning == "tmsa"
         and all(_is_expected(block) for block in model.blocks)
     )
 

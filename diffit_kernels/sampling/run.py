@@ -24,8 +24,9 @@ from diffit_kernels.image_model import ImageDiffiT
 from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling.background import Background
 from diffit_kernels.sampling.decode import Decoder
-from diffit_kernels.sampling.denoise import denoise, initial_noise, sample_generator
+from diffit_kernels.sampling.denoiser import Denoiser
 from diffit_kernels.sampling.edm import heun_sample
+from diffit_kernels.sampling.noise import initial_noise, sample_generator
 from diffit_kernels.sampling.schedule import respaced_timesteps, sampler_name
 
 SHARD = re.compile(r"\d{8}-\d{8}\.npz")
@@ -162,6 +163,7 @@ class SamplingRun:
         """
         device = next(model.parameters()).device
         missing = self.missing(num_samples, batch_size, split)
+        generate = self._generator(model)
         with Background() as background:
 
             def checked_step(samples: int) -> None:
@@ -175,17 +177,20 @@ class SamplingRun:
                 labels, generators = zip(*pairs, strict=True)
                 labels = torch.tensor(labels)
                 step = functools.partial(checked_step, len(indices))
-                latents = self._generate(model, labels.to(device), generators, step)
+                latents = generate(labels.to(device), generators, step)
                 # From the host's memory the thread reads what no stream is still writing.
                 background.call(self._store, indices, latents.cpu(), labels, decoder)
                 if not overlap:
                     background.wait()
 
-    def _generate(self, model, labels, generators, on_step) -> torch.Tensor:
-        """What the model's own sampler makes: latents by the published one, images by Heun's."""
+    def _generator(self, model: DiffiT | ImageDiffiT) -> Callable[..., torch.Tensor]:
+        """(labels, generators, on_step) -> what the model's own sampler makes.
+
+        Latents by the published one or another by name, images by Heun's.
+        """
         settings = self.settings
         if isinstance(model, ImageDiffiT):
-            return heun_sample(
+            return lambda labels, generators, on_step: heun_sample(
                 model,
                 initial_noise(model, generators),
                 None if model.num_classes is None else labels,
@@ -193,17 +198,16 @@ class SamplingRun:
                 cfg_scale=settings.cfg_scale,
                 on_step=on_step,
             )
-        return denoise(
+        denoise = Denoiser(
             model,
-            initial_noise(model, generators),
-            labels,
             num_steps=settings.num_sampling_steps,
             cfg_scale=settings.cfg_scale,
             scale_pow=settings.scale_pow,
             sampler=settings.sampler,
             guidance_eps=settings.guidance_eps,
-            generators=generators,
-            on_step=on_step,
+        )
+        return lambda labels, generators, on_step: denoise(
+            initial_noise(model, generators), labels, generators=generators, on_step=on_step
         )
 
     def decode_stored(
