@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffit_kernels import DiffiT, from_pretrained, fused
+from diffit_kernels import DiffiT, Diffit, from_pretrained, fused
 from diffit_kernels.block import DiffiTBlock
 from diffit_kernels.sampling import denoise, initial_noise, respaced_timesteps, sample_generator
 from diffit_kernels.sampling.predict import (
@@ -106,6 +106,34 @@ def test_a_whole_trajectory_is_the_plain_one(digits_plain, off):
     model, plain, dtype = digits_plain
     savings = ALL_SAVINGS if off is None else replace(ALL_SAVINGS, **{off: False})
     assert_close(trajectory(model, dtype, savings), plain, DIGITS[dtype])
+
+
+@pytest.mark.slow
+def test_a_trajectory_of_the_released_size(device):
+    """Ten published steps at 256 pixels, one of them without guidance; depth 28, random weights."""
+    torch.manual_seed(0)
+    model = Diffit(use_fused_tmsa=True).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or name.startswith("final_layer"):
+            nn.init.normal_(parameter, std=0.02)
+    model.to(device)
+    labels = torch.tensor([207], device=device)
+
+    def sampled(savings, dtype=torch.float32):
+        generators = [sample_generator(0, 0)]
+        noise = initial_noise(model, generators).to(dtype)
+        fresh = [torch.randn(1, 4, 32, 32, generator=generators[0]) for _ in range(9)]
+        with pytest.MonkeyPatch.context() as patch:  # the same numbers in every dtype
+            patch.setattr("diffit_kernels.sampling.noise.step_noise", lambda *_: fresh.pop(0))
+            return denoise(model, noise, labels, num_steps=10, cfg_scale=4.4, savings=savings)
+
+    ours = sampled(ALL_SAVINGS)
+    model.use_fused_tmsa = False
+    literal = sampled(NONE)
+    model.double()
+    truth = sampled(NONE, torch.float64)
+    floor = 4 * torch.finfo(torch.float32).eps
+    assert relative_error(ours, truth) <= 2 * relative_error(literal, truth) + floor
 
 
 @pytest.mark.parametrize("input_size", [32, 64])
