@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def resolve(path_or_hub_id: str | os.PathLike, filename: str | None = None) -> P
         if filename is not None:
             raise ValueError(f"from_pretrained: {path} is a file: filename={filename!r} has no use")
         return path
-    if HUB_ID.fullmatch(str(path_or_hub_id)) and path.suffix not in SUFFIXES:
+    if is_hub_id(path_or_hub_id):
         return _download(path_or_hub_id, filename)
     raise FileNotFoundError(
         f"from_pretrained: no such file or folder: {path}; a hub id looks like 'owner/name'"
@@ -63,7 +64,23 @@ def _choose(names: list[str], filename: str | None, place: str) -> str:
     raise ValueError(f"from_pretrained: {place}: {wish}; checkpoints in it: {names or 'none'}")
 
 
-def _download(hub_id: str, filename: str | None) -> Path:
+def is_hub_id(path_or_hub_id: str | os.PathLike) -> bool:
+    """Whether it is no local file or folder, and looks like 'owner/name'."""
+    path = Path(path_or_hub_id)
+    return (
+        bool(HUB_ID.fullmatch(str(path_or_hub_id)))
+        and path.suffix not in SUFFIXES
+        and not path.exists()
+    )
+
+
+@contextlib.contextmanager
+def from_hub(hub_id: str, what: str) -> Iterator[ModuleType]:
+    """huggingface_hub, to fetch something with; its errors as OSError that says ``what`` is missed.
+
+    Raises:
+        ImportError: the ``hub`` extra is not installed.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
@@ -72,17 +89,23 @@ def _download(hub_id: str, filename: str | None) -> Path:
             "huggingface_hub: pip install 'diffit-kernels[hub]'"
         ) from error
     try:
-        files = huggingface_hub.list_repo_files(hub_id) if filename is None else [filename]
-        names = [name for name in files if name.endswith(SUFFIXES)]
-        filename = _choose(names, filename, f"hub repository {hub_id}")
-        return Path(huggingface_hub.hf_hub_download(hub_id, filename))
+        yield huggingface_hub
     except ValueError:
         raise
     except Exception as error:  # which classes depends on the hub client's version and transport
         raise OSError(
-            f"from_pretrained: {hub_id!r} is no local path, and the hub did not give "
-            f"{filename or 'its list of files'}: {first_line(error)}"
+            f"from_pretrained: {hub_id!r} is no local path, and the hub did not give {what}: "
+            f"{first_line(error)}"
         ) from error
+
+
+def _download(hub_id: str, filename: str | None) -> Path:
+    with from_hub(hub_id, filename or "its list of files") as hub:
+        files = hub.list_repo_files(hub_id) if filename is None else [filename]
+        names = [name for name in files if name.endswith(SUFFIXES)]
+        filename = _choose(names, filename, f"hub repository {hub_id}")
+    with from_hub(hub_id, filename) as hub:
+        return Path(hub.hf_hub_download(hub_id, filename))
 
 
 class Tensors:

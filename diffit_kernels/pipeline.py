@@ -16,9 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffit_kernels.checkpoint import from_pretrained, save_pretrained
-from diffit_kernels.checkpoint_files import PACKAGED, read_metadata, resolve, written_aside
+from diffit_kernels.checkpoint_files import read_metadata, resolve, written_aside
 from diffit_kernels.image_model import ImageDiffiT
 from diffit_kernels.model import DiffiT
+from diffit_kernels.pipeline_files import (
+    INDEX,
+    VAE_FOLDER,
+    WEIGHTS,
+    read_index,
+    read_vae,
+    whole_pipeline,
+)
 from diffit_kernels.sampling import (
     check_extra,
     denoise,
@@ -30,9 +38,6 @@ from diffit_kernels.sampling.decode import SHUFFLE_FACTOR, VAE_ID, to_uint8
 from diffit_kernels.sampling.published import published_process
 from diffit_kernels.sampling.schedule import default_spacing
 
-INDEX = "model_index.json"
-WEIGHTS = Path("transformer", "diffit.safetensors")
-VAE_FOLDER = "vae"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DECODE_BATCH = 8  # images that the VAE decodes at once
 
@@ -98,8 +103,8 @@ class DiffiTPipeline:
 
         Args:
             path_or_hub_id, filename, config, use_fused_tmsa, backend: as of
-                :func:`~diffit_kernels.checkpoint.from_pretrained`; or a folder with a
-                ``model_index.json``.
+                :func:`~diffit_kernels.checkpoint.from_pretrained`; or a folder, or hub id of a
+                repository, with a ``model_index.json``.
             vae: an AutoencoderKL, a folder or hub id of one, or None for latents only. "auto" is
                 the folder's own, else the published one where the model needs it. Read from
                 safetensors alone.
@@ -111,10 +116,9 @@ class DiffiTPipeline:
                 ``model_index.json`` is not of this class.
         """
         check_extra()
-        folder = Path(path_or_hub_id)
-        whole = path_or_hub_id not in PACKAGED and (folder / INDEX).is_file()
-        index = _read_index(folder / INDEX) if whole else {}
-        path = folder / WEIGHTS if whole else resolve(path_or_hub_id, filename)
+        folder = whole_pipeline(path_or_hub_id, filename)
+        index = {} if folder is None else read_index(folder / INDEX)
+        path = resolve(path_or_hub_id, filename) if folder is None else folder / WEIGHTS
         transformer = from_pretrained(
             path, config=config, use_fused_tmsa=use_fused_tmsa, dtype=torch_dtype, backend=backend
         )
@@ -122,9 +126,9 @@ class DiffiTPipeline:
         if isinstance(vae, str) and vae == "auto":
             needed = isinstance(transformer, DiffiT) and decoder is None
             own = folder / VAE_FOLDER if any(index.get("vae") or ()) else None
-            vae = own if whole else VAE_ID if needed else None
+            vae = own if folder is not None else VAE_ID if needed else None
         if isinstance(vae, str | os.PathLike):
-            vae = _read_vae(vae).to(dtype=torch_dtype)
+            vae = read_vae(vae).to(dtype=torch_dtype)
         return cls(transformer, vae, decoder)
 
     def save_pretrained(self, folder: str | os.PathLike, safe_serialization: bool = True) -> None:
@@ -397,32 +401,3 @@ class _Interrupted(Exception):
     def __init__(self, latents: Tensor):
         super().__init__()
         self.latents = latents
-
-
-def _read_index(path: Path) -> dict:
-    try:
-        index = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON object: {error}") from error
-    if index.get("_class_name") != DiffiTPipeline.__name__:
-        raise ValueError(
-            f"{path}: _class_name must be 'DiffiTPipeline', got {index.get('_class_name')!r}"
-        )
-    return index
-
-
-def _read_vae(name_or_path: str | os.PathLike) -> nn.Module:
-    """diffusers' AutoencoderKL, from safetensors alone."""
-    from diffusers import AutoencoderKL
-
-    try:
-        vae = AutoencoderKL.from_pretrained(
-            name_or_path, low_cpu_mem_usage=False, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"no VAE weights from {str(name_or_path)!r}: {reason}. Give a folder or hub id that "
-            "has them with vae=, or vae=None for latents"
-        ) from error
-    return vae.eval()

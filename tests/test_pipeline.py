@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -223,6 +224,37 @@ def test_saved_without_a_vae_and_read_back(name, tmp_path):
     assert alone.decoder == pipeline.decoder, "the weights' file says how to decode"
 
 
+def test_a_pipeline_of_the_hub(latent, tmp_path, monkeypatch):
+    """A repository with an index, of which all is fetched that was saved; one with a checkpoint."""
+    hub = pytest.importorskip("huggingface_hub", reason="the hub extra is not installed")
+    latent.save_pretrained(tmp_path / "whole")
+    save_file(latent.transformer.state_dict(), tmp_path / "model.safetensors")
+    files = {
+        "us/whole": [
+            p.relative_to(tmp_path / "whole").as_posix() for p in (tmp_path / "whole").rglob("*.*")
+        ],
+        "us/alone": ["README.md", "model.safetensors"],
+    }
+    asked = []
+
+    def snapshot(repository, allow_patterns):
+        asked.extend(
+            name for name in files[repository] if any(fnmatch(name, p) for p in allow_patterns)
+        )
+        return str(tmp_path / "whole")
+
+    monkeypatch.setattr(hub, "list_repo_files", files.__getitem__)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repository, name: tmp_path / name)
+    whole = quiet(DiffiTPipeline.from_pretrained("us/whole", use_fused_tmsa=False))
+    assert sorted(asked) == sorted(files["us/whole"]), "nothing that it wrote is left behind"
+    alone = quiet(DiffiTPipeline.from_pretrained("us/alone", vae=latent.vae, use_fused_tmsa=False))
+    images = [p([1], generator=generators(1), **STEPS).images[0] for p in (latent, whole, alone)]
+    assert np.array_equal(*images[:2]) and np.array_equal(*images[1:])
+    with pytest.raises(OSError, match=r"'us/none' is no local path, and the hub did not give its"):
+        DiffiTPipeline.from_pretrained("us/none")
+
+
 def test_a_checkpoint_alone_takes_a_vae(latent, tmp_path, monkeypatch):
     save_file(latent.transformer.state_dict(), tmp_path / "model.safetensors")
     latent.vae.save_pretrained(tmp_path / "vae")
@@ -235,7 +267,7 @@ def test_a_checkpoint_alone_takes_a_vae(latent, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"no VAE weights from '.*nowhere': .*vae=None for latents"):
         DiffiTPipeline.from_pretrained(path, vae=tmp_path / "nowhere")
     asked = []
-    monkeypatch.setattr("diffit_kernels.pipeline._read_vae", lambda name: asked.append(name))
+    monkeypatch.setattr("diffit_kernels.pipeline.read_vae", lambda name: asked.append(name))
     with pytest.raises(AttributeError):
         DiffiTPipeline.from_pretrained(path)
     assert asked == ["stabilityai/sd-vae-ft-ema"], "the published one by default"

@@ -20,6 +20,7 @@ from diffit_kernels.sampling.predict import (
     takes_time_parts,
     time_parts,
 )
+from tests.conftest import DEVICES
 from tests.parity import assert_close, relative_error
 
 OPS = ("adaln", "linear", "time_projections", "window_attention", "mlp")
@@ -109,6 +110,7 @@ def test_a_whole_trajectory_is_the_plain_one(digits_plain, off):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_trajectory_of_the_released_size(device):
     """Ten published steps at 256 pixels, one of them without guidance; depth 28, random weights."""
     torch.manual_seed(0)
