@@ -5,6 +5,9 @@ every number that the host knew; and refuses what a capture refuses, a number re
 What is replayed then is the trace.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -113,6 +116,23 @@ def test_graphs_are_made_of_the_steps_there_are(captured):
     ):
         run(Denoiser(model, **settings), batch(model), LABELS)
         assert captured.pop() == expected
+
+
+def test_a_denoiser_lets_go_of_its_memory(captured):
+    """At once, and not when garbage is collected: a graph's memory is large."""
+    model = small()
+    denoiser = Denoiser(model, num_steps=3, cfg_scale=4.4)
+    run(denoiser, batch(model), LABELS)
+    first = weakref.ref(denoiser._step)
+    gc.disable()
+    try:
+        run(denoiser, batch(model, 2), LABELS[:2])
+        assert first() is None
+        second = weakref.ref(denoiser._step)
+        del denoiser
+        assert second() is None
+    finally:
+        gc.enable()
 
 
 class Asked(TorchDispatchMode):

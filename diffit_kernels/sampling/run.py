@@ -27,6 +27,7 @@ from diffit_kernels.sampling.decode import Decoder
 from diffit_kernels.sampling.denoiser import Denoiser
 from diffit_kernels.sampling.edm import heun_sample
 from diffit_kernels.sampling.noise import initial_noise, sample_generator
+from diffit_kernels.sampling.predict import ALL_SAVINGS, Savings
 from diffit_kernels.sampling.schedule import respaced_timesteps, sampler_name
 
 SHARD = re.compile(r"\d{8}-\d{8}\.npz")
@@ -146,7 +147,8 @@ class SamplingRun:
         split: tuple[int, int] = (0, 1),
         take: Callable[[str], bool] = lambda name: True,
         overlap: bool = True,
-    ) -> None:
+        savings: Savings = ALL_SAVINGS,
+    ) -> int | None:
         """Compute and store what is missing.
 
         Batch k is what is missing of samples k·batch_size .. (k+1)·batch_size - 1, whoever computes
@@ -160,10 +162,15 @@ class SamplingRun:
             split: (k, n) computes every n-th batch from the k-th on, as one of n processes.
             take: asked with a shard's name before it is computed; False leaves it to another.
             overlap: decode and write a batch while the next is sampled, in a thread of its own.
+            savings: as of :func:`~diffit_kernels.sampling.denoise`; nothing to image-space models.
+
+        Returns:
+            Bytes of device memory that the steps' CUDA graphs kept at most; None without graphs.
         """
         device = next(model.parameters()).device
         missing = self.missing(num_samples, batch_size, split)
-        generate = self._generator(model)
+        denoiser = self._denoiser(model, savings)
+        graph_bytes = None
         with Background() as background:
 
             def checked_step(samples: int) -> None:
@@ -177,37 +184,40 @@ class SamplingRun:
                 labels, generators = zip(*pairs, strict=True)
                 labels = torch.tensor(labels)
                 step = functools.partial(checked_step, len(indices))
-                latents = generate(labels.to(device), generators, step)
+                latents = denoiser(
+                    initial_noise(model, generators),
+                    labels.to(device),
+                    generators=generators,
+                    on_step=step,
+                )
+                if (kept := getattr(denoiser, "graph_bytes", None)) is not None:
+                    graph_bytes = max(graph_bytes or 0, kept)
                 # From the host's memory the thread reads what no stream is still writing.
                 background.call(self._store, indices, latents.cpu(), labels, decoder)
                 if not overlap:
                     background.wait()
+        return graph_bytes
 
-    def _generator(self, model: DiffiT | ImageDiffiT) -> Callable[..., torch.Tensor]:
-        """(labels, generators, on_step) -> what the model's own sampler makes.
-
-        Latents by the published one or another by name, images by Heun's.
-        """
+    def _denoiser(self, model: DiffiT | ImageDiffiT, savings: Savings) -> Callable:
+        """The model's own sampler: for latents the published one or another by name, or Heun's."""
         settings = self.settings
         if isinstance(model, ImageDiffiT):
-            return lambda labels, generators, on_step: heun_sample(
+            return lambda noise, labels, *, generators, on_step: heun_sample(
                 model,
-                initial_noise(model, generators),
+                noise,
                 None if model.num_classes is None else labels,
                 num_steps=settings.num_sampling_steps,
                 cfg_scale=settings.cfg_scale,
                 on_step=on_step,
             )
-        denoise = Denoiser(
+        return Denoiser(
             model,
             num_steps=settings.num_sampling_steps,
             cfg_scale=settings.cfg_scale,
             scale_pow=settings.scale_pow,
             sampler=settings.sampler,
             guidance_eps=settings.guidance_eps,
-        )
-        return lambda labels, generators, on_step: denoise(
-            initial_noise(model, generators), labels, generators=generators, on_step=on_step
+            savings=savings,
         )
 
     def decode_stored(

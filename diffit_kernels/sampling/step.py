@@ -52,12 +52,13 @@ class Step:
         self._condition = Condition(labels.clone(), predictor.condition(labels).parts)
         self._last = len(predictor.timesteps) - 1
         self._step = torch.full((1,), self._last, device=latents.device)
-        kinds = sorted({i in predictor.guided for i in range(self._last + 1)}, reverse=True)
-        runs = [functools.partial(self._run, guided) for guided in kinds]  # the largest first
+        self._replays: dict[bool, Replay] = {}
         self.graph_bytes = None
         if capture is not None:
-            runs, self.graph_bytes = capture(runs)
-        self._runs = dict(zip(kinds, runs, strict=True))
+            kinds = sorted({i in predictor.guided for i in range(self._last + 1)}, reverse=True)
+            runs = [functools.partial(self._run, guided) for guided in kinds]  # the largest first
+            replays, self.graph_bytes = capture(runs)
+            self._replays = dict(zip(kinds, replays, strict=True))
 
     def begin(self, latents: Tensor, labels: Tensor) -> None:
         """Start another batch of the same shape at the first step, which has the last number."""
@@ -69,7 +70,10 @@ class Step:
 
     def __call__(self, guided: bool) -> None:
         """Take the next step; ``guided`` as its number says."""
-        self._runs[guided]()
+        if self._replays:
+            self._replays[guided]()
+        else:
+            self._run(guided)
 
     def _run(self, guided: bool) -> None:
         out = self._predictor(self.latents.to(self._dtype), self._condition, self._step, guided)
