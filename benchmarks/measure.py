@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from diffit_kernels.ops import native_products
+from diffit_kernels.precision import products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,16 +31,9 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _LIMITS = {_MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 64 * 2**20}
 
 
-@contextlib.contextmanager
-def with_dtype(dtype: str) -> Iterator[None]:
+def with_dtype(dtype: str) -> contextlib.AbstractContextManager[None]:
     """Within the context float32 products are tf32 if ``dtype`` says so, and only then."""
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
+    return products("tf32" if dtype == "tf32" else "float32")
 
 
 def duration(step: Callable[[], object], queued: bool = False) -> float:
@@ -143,10 +137,10 @@ def arithmetic(dtype: str) -> float:
     side = 8192 if DEVICE == "cuda" else 2048
     with with_dtype(dtype):
         a, b = torch.randn(2, side, side, device=DEVICE).to(DTYPES[dtype])
-        products = [lambda: a @ b]
+        ways = [lambda: a @ b]
         if DEVICE == "cpu":
-            products.append(lambda: native_products.linear(a, b, None))
-        return 2 * side**3 / min(_median(product) for product in products)
+            ways.append(lambda: native_products.linear(a, b, None))
+        return 2 * side**3 / min(_median(way) for way in ways)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The command line: ``diffit-kernels sample | evaluate | demo | info``."""
+"""The command line: ``diffit-kernels sample | verify | evaluate | demo | info``."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import diffit_kernels
-from diffit_kernels.commands import evaluate, sample
+from diffit_kernels.commands import evaluate, sample, verify
 from diffit_kernels.commands.arguments import default_device
 from diffit_kernels.demo import demo
 from diffit_kernels.dispatch import BACKENDS
@@ -16,17 +16,19 @@ INTERRUPTED = 130  # the shell's status for a process ended by Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a bad request, 130 when interrupted."""
+    """Run a command; returns the exit status.
+
+    0; 1 where ``verify`` finds an inexact option; 2 for a bad request; 130 when interrupted.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.command(arguments)
+        return arguments.command(arguments) or 0
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         print(f"diffit-kernels: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("diffit-kernels: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_arguments(command)
     command.set_defaults(command=sample.run)
+
+    command = commands.add_parser(
+        "verify",
+        help="what each option of sampling costs in accuracy and gains in time",
+    )
+    verify.add_arguments(command)
+    command.set_defaults(command=verify.run)
 
     command = commands.add_parser("evaluate", help="FID and the like, or samples against samples")
     evaluate.add_arguments(command)

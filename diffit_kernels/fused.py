@@ -2,8 +2,8 @@
 
 The functions take a block and its attention by their parts, whoever wrote them. A part is read past
 its ``forward`` only while nothing else hangs on it: with a hook, a parametrization, a forward set
-on the instance, or another class in its place (an adapter, a quantized layer), the part itself is
-called.
+on the instance, another class in its place (an adapter, a quantized layer), or a parameter that is
+no plain tensor (quantized weights), the part itself is called.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from diffit_kernels.ops import adaln, linear, mlp, time_projections, window_attention
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+PLAIN_PACKAGES = ("torch._subclasses.", "torch.distributed.")  # torch.compile's own, and shards
 
 
 class AttentionParts(NamedTuple):
@@ -253,12 +256,15 @@ def _time_parts(projection: nn.Module, temb: Tensor, backend: str | None) -> Ten
 
 
 def _is_bare(module: nn.Module, kind: type) -> bool:
-    """Exactly a ``kind``, with no hook on it: reading its parameters equals calling it."""
+    """Exactly a ``kind`` with nothing on it: reading its parameters equals calling it."""
     return type(module) is kind and not is_touched(module)
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether calling the module is more than its class says: hooks, a forward set or compiled."""
+    """Whether calling the module is more than its class says.
+
+    Hooks, a forward set or compiled, a parameter whose class may compute in a way of its own.
+    """
     return bool(
         "forward" in vars(module)
         or module._compiled_call_impl is not None
@@ -270,4 +276,11 @@ def is_touched(module: nn.Module) -> bool:
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
+        or not all(_is_plain(parameter) for parameter in module._parameters.values())
     )
+
+
+def _is_plain(parameter: Tensor | None) -> bool:
+    """Whether a parameter's memory holds its numbers: no subclass of Tensor but torch's own."""
+    kind = type(parameter)
+    return parameter is None or kind in PLAIN_TENSORS or kind.__module__.startswith(PLAIN_PACKAGES)

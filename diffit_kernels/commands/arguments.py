@@ -5,8 +5,6 @@ import math
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

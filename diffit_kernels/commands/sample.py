@@ -8,6 +8,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from diffit_kernels.checkpoint import from_pretrained, saved_config
 from diffit_kernels.checkpoint_files import open_checkpoint, read_metadata, resolve
 from diffit_kernels.checkpoint_image import is_image_diffit
 from diffit_kernels.commands.arguments import (
-    DTYPES,
     default_device,
     finite,
     labels,
@@ -27,8 +27,9 @@ from diffit_kernels.commands.arguments import (
 from diffit_kernels.dispatch import BACKENDS
 from diffit_kernels.image_model import ImageDiffiT
 from diffit_kernels.model import DiffiT
+from diffit_kernels.precision import PRECISIONS, apply_precision, dtype_of, products
 from diffit_kernels.sampling import check_extra, decode
-from diffit_kernels.sampling.predict import guidance_steps
+from diffit_kernels.sampling.predict import ALL_SAVINGS, guidance_steps
 from diffit_kernels.sampling.processes import (
     Processes,
     is_started_by_torchrun,
@@ -69,9 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classes", type=labels, default=(), help="labels taken in turn, '207,360'; else drawn")
     add("--split", type=split, help="'0/4': the first of 4 processes' batches; without torchrun")
     switch(parser, "--overlap", True, "decode and write a batch while the next is sampled")
+    switch(parser, "--cuda_graph", True, "on NVIDIA GPUs launch a step as one graph")
     add("--seed", type=int, default=0, help="every sample has its own numbers; default 0")
     add("--device", default=default_device(), help="default %(default)s here")
-    add("--dtype", choices=DTYPES, default="float32", help="of the network; default float32")
+    add(
+        "--dtype",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the network; tf32 and fp8 on NVIDIA GPUs; default float32",
+    )
     switch(parser, "--use_fused_tmsa", True, "through the fused ops")
     add("--backend", choices=BACKENDS, help="of the fused ops; default by device")
     add("--vae", default=decode.VAE_ID, help="folder or hub id of the VAE, or 'none' for latents")
@@ -79,6 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Sample into ``--log_dir``, resuming what is there, and assemble the .npz and the picture."""
+    with products(arguments.dtype):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     check_extra()
     if arguments.split is not None and is_started_by_torchrun():
         raise ValueError(
@@ -94,9 +106,10 @@ def run(arguments: argparse.Namespace) -> None:
         config=_config(arguments, path),
         use_fused_tmsa=arguments.use_fused_tmsa,
         device=arguments.device,
-        dtype=DTYPES[arguments.dtype],
+        dtype=dtype_of(arguments.dtype),
         backend=arguments.backend,
     )
+    apply_precision(model, arguments.dtype)
     _check_labels(arguments.classes, model)
     decoder = _decoder(arguments, path, model, say)
     settings = _settings(arguments, path, model)
@@ -160,7 +173,7 @@ def _sample(
         def show(steps_of_all: int) -> None:
             bar.update(steps_of_all - bar.n)
 
-        sampling.sample(
+        graph_bytes = sampling.sample(
             model,
             total,
             batch_size,
@@ -169,10 +182,17 @@ def _sample(
             split=split,
             take=processes.take,
             overlap=arguments.overlap,
+            savings=replace(ALL_SAVINGS, step_graph=arguments.cuda_graph),
         )
         if decoder is not None:
             sampling.decode_stored(decoder, processes.take)
         processes.finish(show)
+    if graph_bytes is not None:
+        kept, peak = (bytes_ / 2**20 for bytes_ in (graph_bytes, torch.cuda.max_memory_reserved()))
+        say(
+            f"each step was one CUDA graph; graphs kept {kept:.0f} MiB, "
+            f"of a device's {peak:.0f} MiB at most"
+        )
 
 
 def _left(sampling: SamplingRun, total: int, processes: Processes) -> int:

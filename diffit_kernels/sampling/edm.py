@@ -72,6 +72,31 @@ def denoised(
     return c_skip * x + c_out * network(scaled, c_noise, *given).to(wide)
 
 
+def guided_denoised(
+    network: Callable[..., Tensor],
+    x: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None = None,
+    cfg_scale: float | None = None,
+) -> Tensor:
+    """D_null + w (D_labels - D_null), both from one pass over a doubled batch.
+
+    Args:
+        network: F, as of :func:`denoised`, with a ``null_class``.
+        x, sigma, labels: as of :func:`denoised`.
+        cfg_scale: w; None is :func:`denoised` alone, with ``labels`` as they are.
+
+    Returns:
+        (B, c, S, S), as of :func:`denoised`.
+    """
+    if cfg_scale is None:
+        return denoised(network, x, sigma, labels)
+    both = torch.cat((labels, torch.full_like(labels, network.null_class)))
+    pair = denoised(network, torch.cat((x, x)), torch.cat((sigma, sigma)), both)
+    conditional, null = pair.chunk(2)
+    return null + cfg_scale * (conditional - null)
+
+
 def edm_loss(
     network: Callable[..., Tensor],
     images: Tensor,
@@ -174,8 +199,7 @@ def heun_sample(
         labels: (B,) classes of a network that has some.
         num_steps: steps; 2 num_steps - 1 evaluations of the network. DiffiT samples CIFAR-10 in 18,
             FFHQ-64 in 40.
-        cfg_scale: w of classifier-free guidance, D_null + w (D_labels - D_null), both from one pass
-            over a doubled batch; None samples without.
+        cfg_scale: w of classifier-free guidance (:func:`guided_denoised`); None samples without.
         on_step: called after every step.
         on_step_end: called after every step with x; what it returns, if not None, is gone on from.
 
@@ -197,14 +221,9 @@ def heun_sample(
 
     def slope(x: Tensor, level: float) -> Tensor:
         """dx/dσ = (x - D(x; σ)) / σ."""
-        if cfg_scale is None:
-            clean = denoised(network, x, x.new_full((len(x),), level), labels)
-        else:
-            both = torch.cat((labels, torch.full_like(labels, null)))
-            pair = denoised(network, torch.cat((x, x)), x.new_full((2 * len(x),), level), both)
-            conditional, unconditional = pair.chunk(2)
-            clean = unconditional + cfg_scale * (conditional - unconditional)
-        return (x - clean) / level
+        return (
+            x - guided_denoised(network, x, x.new_full((len(x),), level), labels, cfg_scale)
+        ) / level
 
     levels = sigma_schedule(num_steps).tolist()
     x = noise.double() * levels[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffit_kernels import fused
 from diffit_kernels.block import DiffiTBlock, Mlp, TimeDependentAttention
+from diffit_kernels.fp8_linear import Fp8Linear
 from diffit_kernels.model import (
     DiffiT,
     FinalLayer,
@@ -36,6 +37,7 @@ OWN_PARTS = (
     nn.ModuleList,
     nn.Sequential,
     nn.Linear,
+    Fp8Linear,
     nn.Conv2d,
     nn.Embedding,
     nn.LayerNorm,
