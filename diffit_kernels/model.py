@@ -320,11 +320,15 @@ def guide(out: Tensor, weight: Tensor) -> Tensor:
 class PatchEmbed(nn.Module):
     """(B, c, S, S) -> (B, N, C): one linear map per p × p patch, tokens in row-major order."""
 
+    use_fused_tmsa = False
+
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.use_fused_tmsa:
+            return fused.patch_tokens(self.proj, x)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

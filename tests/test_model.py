@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from diffit_kernels import DiffiT, Diffit, fused
 from diffit_kernels.block import DiffiTBlock
+from tests.conftest import DEVICES
 from tests.golden_files import GOLDEN, LATENT, recording
 from tests.parity import assert_close
 from tests.test_reference import without_key_third
@@ -381,3 +384,52 @@ def test_a_hooked_block_is_called(inputs):
     hook.remove()
     model.blocks[1].compile(backend="eager")
     assert_close(model(*inputs), expected, 1e-6)
+
+
+def hooked():
+    layer = nn.Conv2d(4, 32, 2, stride=2)
+    layer.register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer, joined",
+    [
+        (lambda: nn.Conv2d(4, 32, 2, stride=2), True),
+        (lambda: nn.Conv2d(4, 32, (2, 4), stride=(2, 4), bias=False), True),
+        (lambda: nn.Conv2d(4, 32, 1), True),
+        (lambda: nn.Conv2d(4, 32, 3, stride=3), False),  # which leaves the last two out
+        (lambda: nn.Conv2d(4, 32, 3, stride=2, padding=1), False),
+        (lambda: nn.Conv2d(4, 32, 2, stride=2, dilation=2), False),
+        (lambda: nn.Conv2d(4, 32, 2, stride=2, groups=2), False),
+        (hooked, False),
+    ],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_patches_are_one_product(layer, joined, device):
+    """Where they are patches; values and gradients are the convolution's, in float64."""
+    torch.manual_seed(0)
+    layer = layer().to(device, torch.float64)
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64, device=device, requires_grad=True)
+    names, results = [], []
+    for function in (fused.patch_tokens, lambda m, x: m(x).flatten(2).transpose(1, 2)):
+        with Names() as called:
+            out = function(layer, x)
+        names.append(called.names)
+        leaves = [x, *layer.parameters()]
+        weights = torch.arange(out.numel(), dtype=out.dtype, device=device).view(out.shape).cos()
+        results.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
+    assert ("convolution" in names[0]) != joined and "convolution" in names[1]
+    assert results[0][0].is_contiguous() or not joined
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, 1e-13)
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.split(".")[0])
+        return func(*args, **kwargs or {})

@@ -308,7 +308,7 @@ def test_command_line_says_what_graphs_keep(checkpoint, tmp_path, capsys, monkey
         return (lambda runs: (runs, 3 * 2**20)) if predictor.savings.step_graph else None
 
     monkeypatch.setattr("diffit_kernels.sampling.denoiser.capture_for", capture_for)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 40 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 40 * 2**20)
     arguments = [*SAMPLE, "--model_path", str(checkpoint), "--log_dir", str(tmp_path / "out")]
     assert main(arguments) == 0
     assert "graphs kept 3 MiB, of a device's 40 MiB at most" in capsys.readouterr().out

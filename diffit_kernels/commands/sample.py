@@ -188,10 +188,10 @@ def _sample(
             sampling.decode_stored(decoder, processes.take)
         processes.finish(show)
     if graph_bytes is not None:
-        kept, peak = (bytes_ / 2**20 for bytes_ in (graph_bytes, torch.cuda.max_memory_reserved()))
+        peak = torch.cuda.max_memory_reserved(arguments.device)
         say(
-            f"each step was one CUDA graph; graphs kept {kept:.0f} MiB, "
-            f"of a device's {peak:.0f} MiB at most"
+            f"each step was one CUDA graph; graphs kept {graph_bytes / 2**20:.0f} MiB, "
+            f"of a device's {peak / 2**20:.0f} MiB at most"
         )
 
 

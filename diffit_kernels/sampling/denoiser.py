@@ -100,7 +100,7 @@ class Denoiser:
                 epsilon, before = step.out[:, : self.model.in_channels], step.latents.clone()
                 step.latents.copy_(solver.step(epsilon, i, before).prev_sample)
             if latents.device.type == "cuda":
-                _wait_for_earlier(pending)
+                _wait_for_earlier(pending, latents.device)
             on_step()
             if on_step_end is not None:
                 step.latents.copy_(after_hook(on_step_end, step.latents.clone()))
@@ -198,10 +198,8 @@ def denoise(
     return run(latents, labels, generators=generators, on_step=on_step, on_step_end=on_step_end)
 
 
-def _wait_for_earlier(pending: collections.deque) -> None:
+def _wait_for_earlier(pending: collections.deque, device: torch.device) -> None:
     """Wait for the step before the last :data:`AHEAD`, so that progress shown is progress made."""
-    event = torch.cuda.Event()
-    event.record()
-    pending.append(event)
+    pending.append(torch.cuda.current_stream(device).record_event())
     if len(pending) > AHEAD:
         pending.popleft().synchronize()

@@ -109,13 +109,15 @@ def cuda_graphs(runs: list[Replay], device: torch.device) -> tuple[list[Replay],
     """
     for run in runs:
         run()
-    pool, stream, graphs = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), []
-    for run in runs:
-        graph = torch.cuda.CUDAGraph()
-        # A thread may be decoding the batch before: what it does must not break this capture.
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            run()
-        graphs.append(graph)
+    graphs = []
+    with torch.cuda.device(device):
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        for run in runs:
+            graph = torch.cuda.CUDAGraph()
+            # A thread may be decoding the batch before: what it does must not break this capture.
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                run()
+            graphs.append(graph)
     segments = torch.cuda.memory_snapshot()
     kept = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pool))
     return [graph.replay for graph in graphs], kept
