@@ -44,7 +44,9 @@ WITHOUT = {  # a saving switched off: the field of Savings
     f"{DENOISE} without {field.name.replace('_', ' ')}": field.name for field in fields(ALL_SAVINGS)
 }
 SEED = 1  # of the noise
-COMPILED = [name for name, variant in VARIANTS.items() if variant.mode]
+OWN_COMPILED = f"{DENOISE} compiled"
+COMPILED = [OWN_COMPILED, *(name for name, variant in VARIANTS.items() if variant.mode)]
+PROVIDERS = [*VARIANTS, DENOISE, OWN_COMPILED, *WITHOUT, FLOOR]
 
 
 def sizes_of(case):
@@ -88,19 +90,20 @@ def make(case, about, dtype):
     rows = 2 * batch * about["tokens"]
     found[FLOOR] = products_alone(model, rows, repeat=steps)
     truth = found["literal"].expected
-    for name, saving in {DENOISE: None, **WITHOUT}.items():
-        found[name] = by_package(model, latents, labels, steps, scale, saving, truth)
+    for name, saving in {DENOISE: None, OWN_COMPILED: None, **WITHOUT}.items():
+        compiled = name == OWN_COMPILED
+        found[name] = by_package(model, latents, labels, steps, scale, saving, compiled, truth)
     return found
 
 
-def by_package(model, latents, labels, steps, scale, without, truth):
+def by_package(model, latents, labels, steps, scale, without, compiled, truth):
     """The package's sampler, drawing the same noise by the same seed; or why it is missing."""
     if without == "step_graph" and DEVICE == "cpu":
         return "a CPU has no CUDA graphs"
     savings = ALL_SAVINGS if without is None else replace(ALL_SAVINGS, **{without: False})
     own, variant = twin(model), VARIANTS[DEFAULT]
     variant.change(own)
-    sampler = Denoiser(own, num_steps=steps, cfg_scale=scale, savings=savings)
+    sampler = Denoiser(own, num_steps=steps, cfg_scale=scale, savings=savings, compiled=compiled)
 
     def results():
         torch.manual_seed(SEED)
@@ -109,9 +112,7 @@ def by_package(model, latents, labels, steps, scale, without, truth):
     return Provider(results, truth, variant.role, variant.backend)
 
 
-@pytest.mark.parametrize(
-    "provider", parameters([*VARIANTS, DENOISE, *WITHOUT, FLOOR], full=[*COMPILED, *WITHOUT])
-)
+@pytest.mark.parametrize("provider", parameters(PROVIDERS, full=[*COMPILED, *WITHOUT]))
 @pytest.mark.parametrize("dtype", parameters(DTYPES, full=["bfloat16"]))
 @pytest.mark.parametrize("model", parameters(CASES, full=["256px, depth 28"]))
 def bench_sampling(race, model, dtype, provider):

@@ -212,7 +212,7 @@ def test_what_is_left_to_compute():
     with Rows() as counted:
         predictions(model, ALL_SAVINGS)  # three guided steps of four
     assert counted.calls["time_projections"] == 2
-    assert counted.rows["time_projections"] == [3, len(TIMESTEPS)], "two classes and null"
+    assert counted.rows["time_projections"] == [len(TIMESTEPS), 3], "two classes and null"
     first, last = [batch] * 2 + [2 * batch] * 2, [batch] * 3
     assert counted.rows["window_attention"] == first * 3 + last
     products = counted.rows["linear"]  # qkv and projection of every block

@@ -304,7 +304,7 @@ def test_command_line_interrupted_keeps_and_says(checkpoint, tmp_path, capsys, m
 def test_command_line_says_what_graphs_keep(checkpoint, tmp_path, capsys, monkeypatch):
     """On CUDA, of which a capture that keeps 3 MiB stands in here."""
 
-    def capture_for(predictor, latents):
+    def capture_for(predictor, *_):
         return (lambda runs: (runs, 3 * 2**20)) if predictor.savings.step_graph else None
 
     monkeypatch.setattr("diffit_kernels.sampling.denoiser.capture_for", capture_for)

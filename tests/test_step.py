@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from torch import _dynamo as dynamo
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,7 @@ from diffit_kernels.sampling.noise import step_noise
 from diffit_kernels.sampling.predict import Predictor, takes_time_parts
 from diffit_kernels.sampling.schedule import SAMPLERS
 from diffit_kernels.sampling.step import capture_for
+from tests.parity import assert_close
 
 pytest.importorskip("diffusers", reason="the sample extra is not installed")
 LABELS = torch.tensor([3, 1, 3])
@@ -214,6 +216,24 @@ def test_what_is_captured():
     assert capture_for(Predictor(model, [0, 999]), on_cuda) is None
 
 
+def test_compiled_steps():
+    """Each kind is one graph, for the next batch too; to rounding, of which compilers have more."""
+    model = small()
+    plain, compiled = (
+        Denoiser(model, num_steps=4, cfg_scale=4.4, compiled=value) for value in (False, True)
+    )
+    for seed in (0, 1):
+        latents, labels = batch(model, seed=seed), LABELS - seed
+        with dynamo.config.patch(error_on_recompile=seed > 0):
+            found = run(compiled, latents, labels)
+        assert_close(found, run(plain, latents, labels), 1e-5)
+    for guided in (False, True):
+        with torch.inference_mode():
+            plain._step.begin(latents, labels)
+            explained = dynamo.explain(plain._step._run)(guided)
+        assert explained.graph_break_count == 0 and explained.graph_count == 1
+
+
 def test_a_step_that_cannot_be_captured_is_taken_without(monkeypatch):
     """On CUDA what fails in a capture is said once, and sampling goes on."""
     model = small()
@@ -224,7 +244,7 @@ def test_a_step_that_cannot_be_captured_is_taken_without(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr("diffit_kernels.sampling.denoiser.capture_for", lambda *_: failing)
-    with pytest.warns(RuntimeWarning, match="goes on without CUDA graphs.*not permitted"):
+    with pytest.warns(RuntimeWarning, match="goes on kernel by kernel.*not permitted"):
         found = run(denoiser, batch(model), LABELS)
     assert torch.equal(found, expected) and denoiser.graph_bytes is None
 

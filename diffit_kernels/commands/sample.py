@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classes", type=labels, default=(), help="labels taken in turn, '207,360'; else drawn")
     add("--split", type=split, help="'0/4': the first of 4 processes' batches; without torchrun")
     switch(parser, "--overlap", True, "decode and write a batch while the next is sampled")
+    switch(parser, "--compile", False, "through torch.compile, of latent models")
     switch(parser, "--cuda_graph", True, "on NVIDIA GPUs launch a step as one graph")
     add("--seed", type=int, default=0, help="every sample has its own numbers; default 0")
     add("--device", default=default_device(), help="default %(default)s here")
@@ -183,6 +184,7 @@ def _sample(
             take=processes.take,
             overlap=arguments.overlap,
             savings=replace(ALL_SAVINGS, step_graph=arguments.cuda_graph),
+            compiled=arguments.compile,
         )
         if decoder is not None:
             sampling.decode_stored(decoder, processes.take)

@@ -32,8 +32,8 @@ class Denoiser:
     (:attr:`graph_bytes`) is about what a step without them takes. The model must not change.
 
     Args:
-        model, num_steps, cfg_scale, scale_pow, sampler, use_ddim, spacing, guidance_eps, savings:
-            as of :func:`denoise`.
+        model, num_steps, cfg_scale, scale_pow, sampler, use_ddim, spacing, guidance_eps, savings,
+            compiled: as of :func:`denoise`.
 
     Raises:
         ValueError: as of :func:`denoise`.
@@ -51,7 +51,9 @@ class Denoiser:
         spacing: str | None = None,
         guidance_eps: float = 0.0,
         savings: Savings = ALL_SAVINGS,
+        compiled: bool = False,
     ):
+        self._compiled = compiled
         self.model, self.sampler = model, sampler_name(sampler, use_ddim)
         if self.sampler == "ddpm" and not model.learn_sigma:
             raise ValueError(
@@ -117,12 +119,12 @@ class Denoiser:
             coefficients = published_coefficients(self.timesteps, self.sampler)
             coefficients = torch.from_numpy(coefficients).to(latents.device)
         arguments = (self.predictor, latents, labels, coefficients, self.sampler == "ddpm")
-        if (capture := capture_for(self.predictor, latents)) is not None:
+        if (capture := capture_for(self.predictor, latents, self._compiled)) is not None:
             try:
                 self._step = Step(*arguments, capture)
             except RuntimeError as error:
                 warnings.warn(
-                    f"sampling goes on without CUDA graphs, a step cannot be captured: {error}",
+                    f"sampling goes on kernel by kernel, a step cannot be captured: {error}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -143,6 +145,7 @@ def denoise(
     spacing: str | None = None,
     guidance_eps: float = 0.0,
     savings: Savings = ALL_SAVINGS,
+    compiled: bool = False,
     generators: Sequence[torch.Generator] | None = None,
     on_step: Callable[[], None] = lambda: None,
     on_step_end: OnStepEnd | None = None,
@@ -169,6 +172,8 @@ def denoise(
         guidance_eps: no guidance where its weight differs from 1 by at most this: 0 is exact, see
             :func:`~diffit_kernels.sampling.predict.guidance_steps`.
         savings: what is computed once, see :class:`~diffit_kernels.sampling.predict.Savings`.
+        compiled: take the steps through torch.compile: a minute or more at first, then 10 to 20 %
+            less time for models of a few hundred channels, and little for the released ones.
         generators: one per sample for the noise of ancestral steps, or one for all; default the
             global one.
         on_step: called after every step.
@@ -194,6 +199,7 @@ def denoise(
         spacing=spacing,
         guidance_eps=guidance_eps,
         savings=savings,
+        compiled=compiled,
     )
     return run(latents, labels, generators=generators, on_step=on_step, on_step_end=on_step_end)
 

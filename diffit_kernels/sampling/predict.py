@@ -3,7 +3,6 @@
 The letters: B batch; S side and c channels of a latent; C width of the model; k 1, or 2 if guided.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -167,10 +166,16 @@ class Predictor:
         self._splits = saves and takes_time_parts(model)
         if self.guided and self._splits:  # without a null class the model says what is wrong
             self._splits = model.y_embedder.embedding_table.num_embeddings > model.num_classes
+        self._timesteps = self.timesteps.to(next(model.parameters()).device)
+        self._time_table = None  # (depth, timesteps, 2C), without biases
+        if self._splits and savings.time_tables:
+            with torch.inference_mode():
+                temb = model.t_embedder(self._timesteps)
+                self._time_table = time_parts(model, temb, bias=False)
 
     def condition(self, labels: Tensor) -> Condition:
         """What :meth:`__call__` takes for a batch of labels, (B,) int64 on the model's device."""
-        if not (self._splits and self.savings.time_tables and len(labels)):
+        if self._time_table is None or not len(labels):
             return Condition(labels, None)
         self.model.y_embedder.check("DiffiT", labels)
         present, rows = labels.unique(return_inverse=True)
@@ -237,15 +242,6 @@ class Predictor:
 
     def _embedded(self, classes: Tensor) -> Tensor:
         return self.model.y_embedder(classes, False)
-
-    @functools.cached_property
-    def _timesteps(self) -> Tensor:
-        return self.timesteps.to(next(self.model.parameters()).device)
-
-    @functools.cached_property
-    def _time_table(self) -> Tensor:
-        """(depth, timesteps, 2C), without biases."""
-        return time_parts(self.model, self.model.t_embedder(self._timesteps), bias=False)
 
 
 def time_parts(model: DiffiT, temb: Tensor, bias: bool = True) -> Tensor:

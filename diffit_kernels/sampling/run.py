@@ -148,6 +148,7 @@ class SamplingRun:
         take: Callable[[str], bool] = lambda name: True,
         overlap: bool = True,
         savings: Savings = ALL_SAVINGS,
+        compiled: bool = False,
     ) -> int | None:
         """Compute and store what is missing.
 
@@ -162,14 +163,14 @@ class SamplingRun:
             split: (k, n) computes every n-th batch from the k-th on, as one of n processes.
             take: asked with a shard's name before it is computed; False leaves it to another.
             overlap: decode and write a batch while the next is sampled, in a thread of its own.
-            savings: as of :func:`~diffit_kernels.sampling.denoise`; nothing to image-space models.
+            savings, compiled: as of :func:`~diffit_kernels.sampling.denoise`, of latent models.
 
         Returns:
             Bytes of device memory that the steps' CUDA graphs kept at most; None without graphs.
         """
         device = next(model.parameters()).device
         missing = self.missing(num_samples, batch_size, split)
-        denoiser = self._denoiser(model, savings)
+        denoiser = self._denoiser(model, savings, compiled)
         graph_bytes = None
         with Background() as background:
 
@@ -198,7 +199,7 @@ class SamplingRun:
                     background.wait()
         return graph_bytes
 
-    def _denoiser(self, model: DiffiT | ImageDiffiT, savings: Savings) -> Callable:
+    def _denoiser(self, model: DiffiT | ImageDiffiT, savings: Savings, compiled: bool) -> Callable:
         """The model's own sampler: for latents the published one or another by name, or Heun's."""
         settings = self.settings
         if isinstance(model, ImageDiffiT):
@@ -218,6 +219,7 @@ class SamplingRun:
             sampler=settings.sampler,
             guidance_eps=settings.guidance_eps,
             savings=savings,
+            compiled=compiled,
         )
 
     def decode_stored(

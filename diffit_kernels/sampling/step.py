@@ -14,7 +14,7 @@ from diffit_kernels.sampling.predict import Condition, Predictor, is_own
 from diffit_kernels.sampling.schedule import published_step
 
 Replay = Callable[[], None]
-Capture = Callable[[list[Replay]], tuple[list[Replay], int]]
+Capture = Callable[[list[Replay]], tuple[list[Replay], int | None]]
 
 
 class Step:
@@ -28,7 +28,8 @@ class Step:
             :func:`~diffit_kernels.sampling.schedule.published_coefficients`, on the device; None
             leaves the update to the caller, who changes :attr:`latents`.
         noisy: whether the update adds noise.
-        capture: makes replays of several functions, :func:`cuda_graphs`; None calls the functions.
+        capture: makes replays of several functions, and says how much memory they keep
+            (:func:`capture_for`); None calls the functions.
 
     Attributes:
         latents, noise: (B, c, S, S), the state, and what the next step adds to it.
@@ -85,15 +86,21 @@ class Step:
         self._step.sub_(1)
 
 
-def capture_for(predictor: Predictor, latents: Tensor) -> Capture | None:
-    """What captures the steps of such a batch: graphs on CUDA, of a model that is only ours.
+def capture_for(predictor: Predictor, latents: Tensor, compiled: bool = False) -> Capture | None:
+    """What captures the steps of such a batch, or None.
 
-    Other parts and hooks may do on the host what a replay would leave out.
+    On CUDA graphs, of a model that is only ours: other parts and hooks may do on the host what a
+    replay would leave out. And ``compiled``, what torch.compile makes of the step.
     """
     on_cuda = latents.device.type == "cuda" and len(latents) > 0
-    if not (on_cuda and predictor.savings.step_graph and is_own(predictor.model)):
-        return None
-    return functools.partial(cuda_graphs, device=latents.device)
+    graphs = on_cuda and predictor.savings.step_graph and is_own(predictor.model)
+
+    def capture(runs: list[Replay]) -> tuple[list[Replay], int | None]:
+        if compiled:
+            runs = [torch.compile(run, dynamic=False) for run in runs]
+        return cuda_graphs(runs, latents.device) if graphs else (runs, None)
+
+    return capture if graphs or compiled else None
 
 
 def cuda_graphs(runs: list[Replay], device: torch.device) -> tuple[list[Replay], int]:
