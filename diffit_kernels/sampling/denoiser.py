@@ -32,11 +32,27 @@ class Denoiser:
     (:attr:`graph_bytes`) is about what a step without them takes. The model must not change.
 
     Args:
-        model, num_steps, cfg_scale, scale_pow, sampler, use_ddim, spacing, guidance_eps, savings,
-            compiled: as of :func:`denoise`.
+        model: a latent DiffiT in eval mode, with learned variances if ``sampler`` is "ddpm".
+        num_steps: network evaluations per sample, respaced from 1000.
+        cfg_scale: strength of classifier-free guidance; None samples without.
+        scale_pow: the power of the guidance schedule, see :meth:`DiffiT.forward_with_cfg`.
+        sampler: "ddpm", ancestral as published; "ddim", eta 0, see
+            :func:`~diffit_kernels.sampling.schedule.published_coefficients`; or "dpmsolver++",
+            "unipc", see :func:`~diffit_kernels.sampling.schedule.make_solver`. "ddpm" alone adds
+            noise.
+        use_ddim: another name for ``sampler="ddim"``.
+        spacing: of the timesteps, "even" as published, or "quadratic", with which the solvers need
+            few steps and which is their default
+            (:func:`~diffit_kernels.sampling.schedule.respaced_timesteps`).
+        guidance_eps: no guidance where its weight differs from 1 by at most this: 0 is exact, see
+            :func:`~diffit_kernels.sampling.predict.guidance_steps`.
+        savings: what is computed once, see :class:`~diffit_kernels.sampling.predict.Savings`.
+        compiled: take the steps through torch.compile: a minute or more at first, then 10 to 20 %
+            less time for models of a few hundred channels, and little for the released ones.
 
     Raises:
-        ValueError: as of :func:`denoise`.
+        ValueError: an unknown ``sampler`` or ``spacing``, ``guidance_eps`` < 0, or ancestral
+            sampling from a model without learned variances.
     """
 
     def __init__(
@@ -86,7 +102,25 @@ class Denoiser:
         on_step: Callable[[], None] = lambda: None,
         on_step_end: OnStepEnd | None = None,
     ) -> Tensor:
-        """Denoise a batch; arguments and result as of :func:`denoise`."""
+        """Denoise a batch.
+
+        Args:
+            latents: (B, in_channels, S, S), floating point, standard normal.
+            labels: (B,) int64 classes.
+            generators: one per sample for the noise of ancestral steps, or one for all; default
+                the global one.
+            on_step: called after every step.
+            on_step_end: called after every step with a copy of the latents; what it returns, if
+                not None, is gone on from.
+
+        Returns:
+            (B, in_channels, S, S) float32, or float64 for float64 ``latents``: the dtype of the
+            state, whatever the model's. "dpmsolver++" computes its steps in float32 even then.
+
+        Raises:
+            ImportError: a solver without the ``sample`` extra.
+            TypeError, ValueError: as of the model's forward; or a hook's tensor of another shape.
+        """
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         step = self._prepared(latents, labels)
         step.begin(latents, labels)
@@ -137,70 +171,24 @@ def denoise(
     latents: Tensor,
     labels: Tensor,
     *,
-    num_steps: int = 250,
-    cfg_scale: float | None = None,
-    scale_pow: float = 4.0,
-    sampler: str = "ddpm",
-    use_ddim: bool = False,
-    spacing: str | None = None,
-    guidance_eps: float = 0.0,
-    savings: Savings = ALL_SAVINGS,
-    compiled: bool = False,
     generators: Sequence[torch.Generator] | None = None,
     on_step: Callable[[], None] = lambda: None,
     on_step_end: OnStepEnd | None = None,
+    **settings,
 ) -> Tensor:
     """Denoise latents with the published sampler, or another of :data:`schedule.SAMPLERS`.
 
-    For many batches a :class:`Denoiser` keeps what they have in common.
-
     Args:
-        model: a latent DiffiT in eval mode, with learned variances if ``sampler`` is "ddpm".
-        latents: (B, in_channels, S, S), floating point, standard normal.
-        labels: (B,) int64 classes.
-        num_steps: network evaluations per sample, respaced from 1000.
-        cfg_scale: strength of classifier-free guidance; None samples without.
-        scale_pow: the power of the guidance schedule, see :meth:`DiffiT.forward_with_cfg`.
-        sampler: "ddpm", ancestral as published; "ddim", eta 0, see
-            :func:`~diffit_kernels.sampling.schedule.published_coefficients`; or "dpmsolver++",
-            "unipc", see :func:`~diffit_kernels.sampling.schedule.make_solver`. "ddpm" alone adds
-            noise.
-        use_ddim: another name for ``sampler="ddim"``.
-        spacing: of the timesteps, "even" as published, or "quadratic", with which the solvers need
-            few steps and which is their default
-            (:func:`~diffit_kernels.sampling.schedule.respaced_timesteps`).
-        guidance_eps: no guidance where its weight differs from 1 by at most this: 0 is exact, see
-            :func:`~diffit_kernels.sampling.predict.guidance_steps`.
-        savings: what is computed once, see :class:`~diffit_kernels.sampling.predict.Savings`.
-        compiled: take the steps through torch.compile: a minute or more at first, then 10 to 20 %
-            less time for models of a few hundred channels, and little for the released ones.
-        generators: one per sample for the noise of ancestral steps, or one for all; default the
-            global one.
-        on_step: called after every step.
-        on_step_end: called after every step with a copy of the latents; what it returns, if not
-            None, is gone on from.
+        model, settings: of a :class:`Denoiser`, which for many batches keeps what they share.
+        latents, labels, generators, on_step, on_step_end: of its call.
 
     Returns:
-        (B, in_channels, S, S) float32, or float64 for float64 ``latents``: the dtype of the state,
-        whatever the model's. "dpmsolver++" computes its steps in float32 even then.
+        (B, in_channels, S, S) float32, or float64 for float64 ``latents``.
 
     Raises:
-        ValueError: an unknown ``sampler`` or ``spacing``, ``guidance_eps`` < 0, ancestral sampling
-            from a model without learned variances, or a hook's tensor of another shape.
-        ImportError: a solver without the ``sample`` extra.
+        ImportError, TypeError, ValueError: as of :class:`Denoiser` and its call.
     """
-    run = Denoiser(
-        model,
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
-        scale_pow=scale_pow,
-        sampler=sampler,
-        use_ddim=use_ddim,
-        spacing=spacing,
-        guidance_eps=guidance_eps,
-        savings=savings,
-        compiled=compiled,
-    )
+    run = Denoiser(model, **settings)
     return run(latents, labels, generators=generators, on_step=on_step, on_step_end=on_step_end)
 
 
