@@ -4,11 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffit_kernels import native_library
 from diffit_kernels.ops import linear, native_products
-from tests.parity import assert_close, assert_parity, assert_refused, refused_dtype
+from tests.parity import (
+    assert_close,
+    assert_parity,
+    assert_refused,
+    refused_dtype,
+    relative_error,
+)
 
 OPS = ("linear",)
-SIZES = {"small": (2, 5, 24, 36), "odd": (3, 7, 33, 13), "one oneDNN takes": (2, 64, 96, 128)}
+SIZES = {"small": (2, 5, 24, 36), "odd": (3, 7, 33, 13), "large": (2, 64, 96, 128)}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -73,18 +80,80 @@ def test_under_autocast(backend, device):
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_the_library_is_chosen_by_size_dtype_and_processor(slow, monkeypatch):
-    """oneDNN where torch would call MKL for a large float32 product and MKL is slow."""
+    """Ours or oneDNN where torch would call MKL for a large float32 product and MKL is slow."""
     monkeypatch.setattr(native_products, "_mkl_is_slow", lambda: slow)
-    large, small = torch.randn(64, 512), torch.randn(4, 512)
-    assert native_products._by_onednn(large, torch.randn(512, 512)) == slow
-    assert not native_products._by_onednn(small, torch.randn(512, 8))
-    assert not native_products._by_onednn(large.bfloat16(), torch.randn(512, 512).bfloat16())
-    assert not native_products._by_onednn(torch.randn(64, 1024)[:, ::2], torch.randn(512, 512))
+    by_others = native_products._is_by_others
+    large, small, square = torch.randn(64, 512), torch.randn(4, 512), torch.randn(512, 512)
+    assert by_others(large, square) != slow
+    assert by_others(small, torch.randn(512, 8))
+    assert by_others(large.bfloat16(), square.bfloat16())
+    assert by_others(torch.randn(64, 1024)[:, ::2], square)
+
+
+@pytest.mark.skipif(not native_products._mkl_is_slow(), reason="torch's own library does it here")
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_our_product_serves_rows_with_avx512(capability, monkeypatch):
+    """The others are oneDNN's: less wide vectors, and a left side that lies by columns."""
+    has = capability.startswith("avx512")
+    monkeypatch.setattr(native_products, "_has_avx512_kernels", lambda: has)
+    ours, onednn = [], native_products._onednn
+    monkeypatch.setattr(native_products, "_own", lambda *_: ours.append(None))
+    monkeypatch.setattr(native_products, "_onednn", onednn)
+    x, weight = torch.randn(64, 512), torch.randn(256, 512)
+    for function, served in (
+        (lambda: native_products.linear(x, weight, None), has),
+        (lambda: native_products.product(x, weight.t()), has),
+        (lambda: native_products.product(x, weight.t().contiguous()), has),
+        (lambda: native_products.product(x.t().contiguous().t(), weight.t()), False),
+        (lambda: native_products.sum_over_rows(x, torch.randn(64, 96)), False),
+    ):
+        ours.clear()
+        function()
+        assert bool(ours) == served
+
+
+NATIVE = pytest.mark.skipif(
+    native_library.CPU.obstacle() is not None, reason=str(native_library.CPU.obstacle())
+)
+
+
+@NATIVE
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    "rows, columns, terms",
+    [(1, 1, 1), (7, 33, 17), (8, 32, 96), (9, 65, 97), (70, 31, 200), (130, 5, 1), (3, 48, 1152)],
+)
+def test_native_products_of_every_shape(rows, columns, terms, transposed):
+    """By the rule of every op, over the edges of tiles, panels and chains; nothing else is read."""
+    left, bias = torch.randn(rows, terms), torch.randn(columns)
+    right = torch.randn(columns, terms) if transposed else torch.randn(terms, columns)
+    matrix = right.t() if transposed else right
+    for given in (bias, None):
+        out = torch.full((rows + 1, columns), torch.nan)
+        native_library.CPU.ops().linear(left, right, transposed, given, out[:rows])
+        exact, plain = left.double() @ matrix.double(), left @ matrix
+        if given is not None:
+            exact, plain = exact + given.double(), plain + given
+        floor = 4 * torch.finfo(torch.float32).eps
+        assert relative_error(out[:rows], exact) <= 2 * relative_error(plain, exact) + floor
+        assert out[rows].isnan().all()
+
+
+@NATIVE
+@pytest.mark.skipif(not native_products._mkl_is_slow(), reason="torch's own library does it here")
+@pytest.mark.parametrize("terms", [1152, 4608])
+def test_native_long_sums_are_more_exact_than_one_chain(terms):
+    left, right = torch.randn(64, terms), torch.randn(96, terms)
+    out = torch.empty(64, 96)
+    native_library.CPU.ops().linear(left, right, True, None, out)
+    exact = left.double() @ right.double().t()
+    chain = native_products._onednn(left, right)
+    assert relative_error(out, exact) < relative_error(chain, exact) / 2
 
 
 @pytest.mark.parametrize("kind", ["strided", "expanded"])
 def test_a_bias_need_not_be_contiguous(kind, backend, device):
-    """Of a product that oneDNN does, which looks at no strides of a bias."""
+    """Of a large product: our kernel and oneDNN look at no strides of a bias."""
     x, weight, _ = make(2, 64, 64, 256, device)
     bias = torch.randn(256, 2, device=device)[:, 0]
     if kind == "expanded":

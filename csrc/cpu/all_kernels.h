@@ -3,6 +3,7 @@
 
 #include "cpu/adaln_backward.h"
 #include "cpu/group_norm_backward.h"
+#include "cpu/linear.h"
 #include "cpu/mlp.h"
 #include "cpu/window_attention_backward.h"
 
@@ -16,6 +17,8 @@ constexpr Kernels all_kernels(const char* name) {
       adaln_forward,
       adaln_backward,
       adaln_sums,
+      linear,
+      kPanel,
       gelu_forward,
       gelu_backward,
       sum_rows,

@@ -239,6 +239,22 @@ void gelu_backward(const Tensor& hidden, const Tensor& activation, const Tensor&
   if (a.sum) sum_rows(a.sum, a.chunks, dbias);
 }
 
+// ---- linear ------------------------------------------------------------------------------------
+
+void linear(const Tensor& left, const Tensor& right, bool transposed,
+            const std::optional<Tensor>& bias, const Tensor& out) {
+  diffit::Linear a{};
+  a.rows = out.size(0), a.columns = out.size(1), a.terms = left.size(1);
+  a.left = left.const_data_ptr<float>(), a.right = right.const_data_ptr<float>();
+  a.transposed = transposed, a.bias = floats(bias), a.out = static_cast<float*>(result(out));
+  // Blocks of rows where there are fewer panels than threads could share evenly; each of them packs
+  // the panels again.
+  const int64_t panels = blocks(a.columns, kernels().linear_columns);
+  const int64_t wanted = blocks(4 * at::get_num_threads(), panels);
+  a.blocks = std::clamp<int64_t>(a.rows / diffit::kLinearRows, 1, wanted);
+  run(kernels().linear, a, panels * a.blocks);
+}
+
 // ---- group_norm --------------------------------------------------------------------------------
 
 diffit::GroupNorm group_norm(const Tensor& x, const std::optional<Tensor>& weight,
@@ -327,6 +343,9 @@ TORCH_LIBRARY(diffit_native, library) {
       "Tensor rstd, Tensor(a!) dx, Tensor(b!) dy, Tensor(c!) dgate, Tensor(d!) dshift, "
       "Tensor(e!) dscale, Tensor(f!) dweight, Tensor(g!) dbias) -> ()",
       &adaln_backward);
+  library.def(
+      "linear(Tensor left, Tensor right, bool transposed, Tensor? bias, Tensor(a!) out) -> ()",
+      &linear);
   library.def("gelu_forward(Tensor hidden, Tensor(a!) activation, bool exact) -> ()",
               &gelu_forward);
   library.def(

@@ -97,6 +97,19 @@ struct AdaLN {
 constexpr int64_t kAdaLNRows = 8;    // tokens of a forward task
 constexpr int64_t kSumColumns = 64;  // of a task that adds up rows of sums
 
+// See cpu/linear.h.
+struct Linear {
+  int64_t rows, columns, terms;  // of out: M and N; of a sum: K
+  const float* left;             // (M, K)
+  const float* right;            // (K, N), or (N, K) if transposed
+  bool transposed;
+  const float* bias;  // (N,), or null
+  float* out;         // (M, N)
+  int64_t blocks;     // into which rows are cut
+};
+
+constexpr int64_t kLinearRows = 64;  // of a task at least
+
 // See cpu/mlp.h.
 struct Gelu {
   Number number;
@@ -141,6 +154,8 @@ struct Kernels {
   WindowAttentionKernel window_attention_backward;
   using AdaLNKernel = void (*)(const AdaLN&, int64_t begin, int64_t end);
   AdaLNKernel adaln_forward, adaln_backward, adaln_sums;
+  void (*linear)(const Linear&, int64_t begin, int64_t end);
+  int64_t linear_columns;  // of a task
   using GeluKernel = void (*)(const Gelu&, int64_t begin, int64_t end);
   GeluKernel gelu_forward, gelu_backward;
   void (*sum_rows)(const SumRows&, int64_t begin, int64_t end);

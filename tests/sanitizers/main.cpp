@@ -136,6 +136,28 @@ void adaln(const Kernels& kernels) {
   }
 }
 
+void linear(const Kernels& kernels) {
+  struct {
+    int64_t rows, columns, terms, blocks;
+  } const shapes[] = {{1, 1, 1, 1}, {7, 33, 17, 2}, {8, 32, 96, 1}, {21, 65, 200, 3}};
+  for (const auto& s : shapes) {
+    for (bool transposed : {true, false}) {
+      for (bool with_bias : {true, false}) {
+        Linear a{};
+        a.rows = s.rows, a.columns = s.columns, a.terms = s.terms, a.blocks = s.blocks;
+        a.left = buffers.floats(s.rows * s.terms);
+        a.right = buffers.floats(s.terms * s.columns);
+        a.transposed = transposed;
+        a.bias = with_bias ? buffers.floats(s.columns) : nullptr;
+        a.out = buffers.floats(s.rows * s.columns);
+        const int64_t panels = (s.columns + kernels.linear_columns - 1) / kernels.linear_columns;
+        kernels.linear(a, 0, panels * s.blocks);
+        buffers.clear();
+      }
+    }
+  }
+}
+
 void gelu(const Kernels& kernels) {
   struct {
     int64_t rows, columns, chunks;
@@ -202,6 +224,7 @@ void group_norm(const Kernels& kernels) {
 int main() {
   window_attention(kernels());
   adaln(kernels());
+  linear(kernels());
   gelu(kernels());
   group_norm(kernels());
   std::printf("%s\n", kernels().name);
