@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +21,11 @@ from benchmarks.race import DEVICE, DTYPES, Provider, moved_bytes
 from diffit_kernels.block import DiffiTBlock, TimeDependentAttention
 from diffit_kernels.model import DiffiT, Diffit
 from diffit_kernels.ops import native_products
-from diffit_kernels.sampling import respaced_timesteps
-from diffit_kernels.sampling.schedule import BETAS
+from diffit_kernels.sampling.schedule import (
+    published_coefficients,
+    published_step,
+    respaced_timesteps,
+)
 
 WIDTH, HEADS = 1152, 16
 RESOLUTIONS = {"256px": 256, "512px": 512}
@@ -236,22 +238,11 @@ def ancestral_sampling(
     """
     dtype, latents = latents.dtype, latents.float()
     timesteps = respaced_timesteps(len(noise))
-    abar = np.cumprod(1 - BETAS)[timesteps]
-    before = np.concatenate(([1.0], abar[:-1]))
-    beta = 1 - abar / before
+    table = torch.from_numpy(published_coefficients(timesteps, "ddpm")).to(latents.device)
     labels = torch.cat((labels, torch.full_like(labels, null_class)))
     for step, fresh in zip(reversed(range(len(noise))), noise, strict=True):
         t = torch.full_like(labels, int(timesteps[step]))
         x = latents.to(dtype)
         out = predict(torch.cat((x, x)), t, labels)[: len(latents)].float()
-        epsilon, v = out.chunk(2, 1)
-        rest = 1 - float(abar[step])
-        start = (latents - math.sqrt(rest) * epsilon) / math.sqrt(abar[step])
-        of_start = math.sqrt(before[step]) * float(beta[step]) / rest
-        of_latents = math.sqrt(1 - beta[step]) * (1 - float(before[step])) / rest
-        latents = of_start * start + of_latents * latents
-        if step > 0:
-            low, high = math.log(beta[step] * (1 - before[step]) / rest), math.log(beta[step])
-            deviation = torch.exp(0.5 * (low + 0.5 * (v + 1) * (high - low)))
-            latents = latents + deviation * fresh
+        latents = published_step(latents, out, fresh, table[step])
     return latents.to(dtype)

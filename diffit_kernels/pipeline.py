@@ -357,9 +357,7 @@ class DiffiTPipeline:
         """(B, channels, S, S) float32: as given, or drawn on the generators' own devices."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        model = self.transformer
-        side = model.image_size if isinstance(model, ImageDiffiT) else model.input_size
-        shape = (count, model.in_channels, side, side)
+        shape = (count, *self.transformer.sample_shape)
         if not isinstance(generator, torch.Generator | None):
             generator = list(generator)
             if len(generator) != count:
