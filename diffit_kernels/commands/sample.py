@@ -17,6 +17,7 @@ from diffit_kernels.checkpoint import from_pretrained, saved_config
 from diffit_kernels.checkpoint_files import open_checkpoint, read_metadata, resolve
 from diffit_kernels.checkpoint_image import is_image_diffit
 from diffit_kernels.commands.arguments import (
+    add_guidance,
     default_device,
     finite,
     labels,
@@ -56,9 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of 1000, default 250; of Heun for image-space models: 18, above 32 pixels 40",
     )
     add("--batch_size", type=positive, default=50, help="default 50")
-    switch(parser, "--cfg_cond", True, "guide")
-    add("--cfg_scale", type=finite, help="default as published: 4.4, 1.49 at 512 pixels, DiT 1.5")
-    add("--scale_pow", type=finite, help="of the guidance schedule; default 4, DiT 0: constant")
+    add_guidance(parser)
     switch(parser, "--use_ddim", False, "DDIM, eta 0")
     add("--sampler", choices=SAMPLERS, help="of latent models; default ddpm, as published")
     add(
@@ -104,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> None:
     path = resolve(arguments.model_path)
     model = from_pretrained(
         path,
-        config=_config(arguments, path),
+        config=untold_config(arguments, path),
         use_fused_tmsa=arguments.use_fused_tmsa,
         device=arguments.device,
         dtype=dtype_of(arguments.dtype),
@@ -220,7 +219,7 @@ def _be_silent(text: str) -> None:
     """What processes but the first say, who would only repeat it."""
 
 
-def _config(arguments: argparse.Namespace, path: Path) -> dict:
+def untold_config(arguments: argparse.Namespace, path: Path) -> dict:
     """What the command says of an image-space model whose file does not."""
     with open_checkpoint(path) as tensors:
         in_image_space = is_image_diffit(tensors.shapes)

@@ -16,8 +16,8 @@ import torch
 import diffit_kernels
 from diffit_kernels.checkpoint import from_pretrained
 from diffit_kernels.checkpoint_files import resolve, written_aside
-from diffit_kernels.commands.arguments import default_device, finite, positive, switch
-from diffit_kernels.commands.sample import _config
+from diffit_kernels.commands.arguments import add_guidance, default_device, positive, switch
+from diffit_kernels.commands.sample import untold_config
 from diffit_kernels.dispatch import BACKENDS
 from diffit_kernels.image_model import ImageDiffiT
 from diffit_kernels.model import DiffiT
@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the trajectory on whose states all is compared; default %(default)s",
     )
     add("--batch_size", type=positive, default=4, help="default %(default)s")
-    switch(parser, "--cfg_cond", True, "guide")
-    add("--cfg_scale", type=finite, help="default as published: 4.4, 1.49 at 512 pixels, DiT 1.5")
-    add("--scale_pow", type=finite, help="of the guidance schedule; default 4, DiT 0: constant")
+    add_guidance(parser)
     add("--seed", type=int, default=0, help="of noise and classes; default 0")
     add("--device", default=default_device(), help="default %(default)s here")
     add("--backend", choices=BACKENDS, help="of the fused ops; default by device")
@@ -62,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ValueError(f"--out: there is no folder {arguments.out.parent}")
     path = resolve(arguments.model_path)
-    config = _config(arguments, path)
+    config = untold_config(arguments, path)
 
     def load(precision: str) -> DiffiT | ImageDiffiT:
         model = from_pretrained(

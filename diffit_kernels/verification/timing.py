@@ -88,7 +88,7 @@ def measured(models: Models, states, option, repeat: int, on_evaluation: Callabl
 
 
 def _free() -> None:
-    """Give back what nobody refers to, which steps do in a circle."""
+    """Give back what nobody refers to, be it in a circle."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
