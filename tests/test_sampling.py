@@ -307,7 +307,7 @@ def test_command_line_says_what_graphs_keep(checkpoint, tmp_path, capsys, monkey
     def capture_for(predictor, *_):
         return (lambda runs: (runs, 3 * 2**20)) if predictor.savings.step_graph else None
 
-    monkeypatch.setattr("diffit_kernels.sampling.denoiser.capture_for", capture_for)
+    monkeypatch.setattr("diffit_kernels.sampling.step.capture_for", capture_for)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 40 * 2**20)
     arguments = [*SAMPLE, "--model_path", str(checkpoint), "--log_dir", str(tmp_path / "out")]
     assert main(arguments) == 0

@@ -50,7 +50,7 @@ def captured(monkeypatch):
         made.append(len(runs))
         return traced(runs)
 
-    monkeypatch.setattr("diffit_kernels.sampling.denoiser.capture_for", lambda *_: capture)
+    monkeypatch.setattr("diffit_kernels.sampling.step.capture_for", lambda *_: capture)
     monkeypatch.setattr(LabelEmbedder, "check", lambda *_: None)  # a CPU alone reads the values
     return made
 
@@ -112,7 +112,7 @@ def test_replayed_steps_are_the_steps(name, sampler, cfg_scale, captured, monkey
         found.append(run(denoiser, latents, labels))
         assert denoiser.graph_bytes == 0
     assert len(captured) == 3, "one capture for each change of size"
-    monkeypatch.setattr("diffit_kernels.sampling.denoiser.capture_for", lambda *_: None)
+    monkeypatch.setattr("diffit_kernels.sampling.step.capture_for", lambda *_: None)
     for (latents, labels), result in zip(batches, found, strict=True):
         plain = Denoiser(model, **settings)
         assert torch.equal(run(plain, latents, labels), result)
@@ -243,7 +243,7 @@ def test_a_step_that_cannot_be_captured_is_taken_without(monkeypatch):
     def failing(runs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("diffit_kernels.sampling.denoiser.capture_for", lambda *_: failing)
+    monkeypatch.setattr("diffit_kernels.sampling.step.capture_for", lambda *_: failing)
     with pytest.warns(RuntimeWarning, match="goes on kernel by kernel.*not permitted"):
         found = run(denoiser, batch(model), LABELS)
     assert torch.equal(found, expected) and denoiser.graph_bytes is None

@@ -35,7 +35,6 @@ from diffit_kernels.verification import (
     Verification,
     options,
     relative_error,
-    states,
     timing,
 )
 from diffit_kernels.verification.states import NO_SAVINGS
@@ -359,14 +358,14 @@ def test_steps_that_are_captured(capsys, tmp_path, monkeypatch):
     plain = run(capsys, tmp_path, *command)[2]
     captures = []
 
-    def capture_for(predictor, latents):
+    def capture_for(predictor, *_):
         return (
             (lambda runs: captures.append(runs) or (runs, 0))
             if predictor.savings.step_graph
             else None
         )
 
-    monkeypatch.setattr(states, "capture_for", capture_for)
+    monkeypatch.setattr("diffit_kernels.sampling.step.capture_for", capture_for)
     captured = run(capsys, tmp_path, *command)[2]
     measured = [r for r in captured["rows"] if r["refused"] is None]
     assert len(captures) == sum(r["option"]["savings"]["step_graph"] for r in measured) > 1
@@ -375,7 +374,7 @@ def test_steps_that_are_captured(capsys, tmp_path, monkeypatch):
     def fail(runs):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(states, "capture_for", lambda predictor, latents: fail)
+    monkeypatch.setattr("diffit_kernels.sampling.step.capture_for", lambda *_: fail)
     status, text, numbers = run(capsys, tmp_path, *command)
     assert status == 0 and "    without a step graph: operation not permitted\n" in text
     assert [r["errors"] for r in numbers["rows"]] == [r["errors"] for r in plain["rows"]]

@@ -19,7 +19,7 @@ from diffit_kernels.sampling.schedule import (
     respaced_timesteps,
     sampler_name,
 )
-from diffit_kernels.sampling.step import Step, capture_for
+from diffit_kernels.sampling.step import Step, made_step
 
 AHEAD = 2  # steps that the host may be ahead of the device, which is never left without work
 
@@ -152,17 +152,15 @@ class Denoiser:
         if self.sampler in PUBLISHED:
             coefficients = published_coefficients(self.timesteps, self.sampler)
             coefficients = torch.from_numpy(coefficients).to(latents.device)
-        arguments = (self.predictor, latents, labels, coefficients, self.sampler == "ddpm")
-        if (capture := capture_for(self.predictor, latents, self._compiled)) is not None:
-            try:
-                self._step = Step(*arguments, capture)
-            except RuntimeError as error:
-                warnings.warn(
-                    f"sampling goes on kernel by kernel, a step cannot be captured: {error}",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-        self._step = self._step or Step(*arguments)
+        noisy = self.sampler == "ddpm"
+        arguments = (self.predictor, latents, labels, coefficients, noisy, self._compiled)
+        self._step, error = made_step(*arguments)
+        if error is not None:
+            warnings.warn(
+                f"sampling goes on kernel by kernel, a step cannot be captured: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return self._step
 
 

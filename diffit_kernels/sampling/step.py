@@ -86,6 +86,27 @@ class Step:
         self._step.sub_(1)
 
 
+def made_step(
+    predictor: Predictor,
+    latents: Tensor,
+    labels: Tensor,
+    coefficients: Tensor | None,
+    noisy: bool,
+    compiled: bool = False,
+) -> tuple[Step, RuntimeError | None]:
+    """A step, captured where it can be; and what failed where it should have been.
+
+    Args: as of :class:`Step` and :func:`capture_for`.
+    """
+    arguments, error = (predictor, latents, labels, coefficients, noisy), None
+    if (capture := capture_for(predictor, latents, compiled)) is not None:
+        try:
+            return Step(*arguments, capture), None
+        except RuntimeError as failure:
+            error = failure.with_traceback(None)  # which would keep the failed step's memory
+    return Step(*arguments), error
+
+
 def capture_for(predictor: Predictor, latents: Tensor, compiled: bool = False) -> Capture | None:
     """What captures the steps of such a batch, or None.
 

@@ -14,7 +14,7 @@ from diffit_kernels.model import DiffiT
 from diffit_kernels.sampling import Denoiser, heun_sample, initial_noise
 from diffit_kernels.sampling.edm import guided_denoised, preconditioning
 from diffit_kernels.sampling.predict import Predictor, Savings
-from diffit_kernels.sampling.step import Step, capture_for
+from diffit_kernels.sampling.step import made_step
 
 NO_SAVINGS = Savings(False, False, False, False)
 
@@ -89,14 +89,9 @@ class LatentEvaluation:
         )
         last = len(states.times) - 1
         self._guided = [last - index in predictor.guided for index in range(last + 1)]
-        arguments = (predictor, self._latents[0], self._labels, None, False)
-        self._step = None
-        if (capture := capture_for(predictor, self._latents[0])) is not None:
-            try:
-                self._step = Step(*arguments, capture)
-            except RuntimeError as error:
-                self.note = f"without a step graph: {first_line(error)}"
-        self._step = self._step or Step(*arguments)
+        self._step, error = made_step(predictor, self._latents[0], self._labels, None, False)
+        if error is not None:
+            self.note = f"without a step graph: {first_line(error)}"
 
     def warm_up(self) -> None:
         """One step of each kind, guided or not."""
